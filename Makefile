@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up their environment themselves; both start from a bare machine with Python >= 3.10 and a
+# C++ compiler. PYTHON picks the interpreter, VENV the folder of the environment, OUT where the demo writes.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo_out
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup build demo test lint format types wheel clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py build_backend.py CMakeLists.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+# Only what changed in csrc/ since the last build.
+build: $(STAMP)
+	@flock build/.lock $(BIN)/python setup.py -q build_ext --inplace
+
+demo: build
+	$(BIN)/lcr2s demo --out $(OUT)
+
+test: build
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu')
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
+
+clean:
+	rm -rf build dist lcr2s_ext/*.so *.egg-info

@@ -1,0 +1,131 @@
+#pragma once
+
+#include "parallel.h"
+#include "simd.h"
+
+// Blocked matrix product for the kernels of this folder: C (m x n) = or += A (m x k) B (k x n) with any strides of A and B.
+// Every element of C is summed over k in one fixed order that depends on k alone, neither on its place in a tile nor on the
+// number of threads: the same pair of rows gives the same bits everywhere.
+namespace lcr2s::cpu::LCR2S_ISA {
+
+// Micro-tile: kMr rows x two vectors; its accumulators, two vectors of B and one broadcast fit the register file.
+constexpr int kMr = LCR2S_VECTOR_BYTES == 64 ? 14 : 6;
+template <class T>
+constexpr int kNr = 2 * kLanes<T>;
+constexpr int64_t kKc = 256;
+// Rows of A that one task packs: a multiple of kMr near 100.
+constexpr int64_t kMc = kMr * (LCR2S_VECTOR_BYTES == 64 ? 8 : 16);
+
+// B packed in column panels of kNr, each k x kNr and contiguous, the last one padded with zeros.
+template <class T>
+LCR2S_INLINE int64_t packed_size(int64_t k, int64_t n) {
+  return ceil_div(n, kNr<T>) * kNr<T> * k;
+}
+
+// Element (p, j) of B is b[p * row_stride + j * col_stride].
+template <class T>
+static void pack_panels(const Parallel& parallel, const T* b, int64_t row_stride, int64_t col_stride, int64_t k,
+                        int64_t n, T* packed) {
+  constexpr int nr = kNr<T>;
+  parallel.for_each(ceil_div(n, nr), [=](int64_t panel) {
+    T* dst = packed + panel * nr * k;
+    const int width = static_cast<int>(n - panel * nr < nr ? n - panel * nr : nr);
+    const T* src = b + panel * nr * col_stride;
+    if (col_stride == 1) {
+      for (int64_t p = 0; p < k; ++p)
+        for (int j = 0; j < nr; ++j) dst[p * nr + j] = j < width ? src[p * row_stride + j] : T{0};
+    } else {
+      for (int j = 0; j < nr; ++j)
+        for (int64_t p = 0; p < k; ++p) dst[p * nr + j] = j < width ? src[p * row_stride + j * col_stride] : T{0};
+    }
+  });
+}
+
+// acc (kMr x kNr) = A panel (kc x kMr) . B panel (kc x kNr)
+template <class T>
+LCR2S_INLINE void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, Vec<T> (&acc)[kMr][2]) {
+#pragma GCC unroll 14
+  for (int i = 0; i < kMr; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
+  for (int64_t p = 0; p < kc; ++p) {
+    const Vec<T> b0 = load(b + p * kNr<T>);
+    const Vec<T> b1 = load(b + p * kNr<T> + kLanes<T>);
+#pragma GCC unroll 14
+    for (int i = 0; i < kMr; ++i) {
+      const T x = a[p * kMr + i];
+      acc[i][0] += x * b0;
+      acc[i][1] += x * b1;
+    }
+  }
+}
+
+// One task's share: m <= kMc rows of C, columns [0, n), B packed by pack_panels (packed points at the first panel wanted).
+// Single-threaded; call it inside a task to work on the tile while it is hot.
+template <class T>
+static void gemm_tile(const T* a, int64_t a_row, int64_t a_col, int64_t m, int64_t k, const T* packed, int64_t n, T* c,
+                      int64_t ldc, bool accumulate) {
+  constexpr int nr = kNr<T>;
+  alignas(64) T a_packed[kMc * kKc];
+  if (k == 0 && !accumulate) {
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = T{0};
+  }
+  for (int64_t k0 = 0; k0 < k; k0 += kKc) {
+    const int64_t kc = k - k0 < kKc ? k - k0 : kKc;
+    const bool add = accumulate || k0 > 0;
+    for (int64_t i0 = 0; i0 < m; i0 += kMr) {
+      T* dst = a_packed + i0 * kc;
+      const T* src = a + i0 * a_row + k0 * a_col;
+      for (int i = 0; i < kMr; ++i) {
+        if (i0 + i < m) {
+          for (int64_t p = 0; p < kc; ++p) dst[p * kMr + i] = src[i * a_row + p * a_col];
+        } else {
+          for (int64_t p = 0; p < kc; ++p) dst[p * kMr + i] = T{0};
+        }
+      }
+    }
+    for (int64_t j0 = 0; j0 < n; j0 += nr) {
+      const T* b_panel = packed + (j0 / nr) * nr * k + k0 * nr;
+      const int width = static_cast<int>(n - j0 < nr ? n - j0 : nr);
+      for (int64_t i0 = 0; i0 < m; i0 += kMr) {
+        Vec<T> acc[kMr][2];
+        micro_kernel<T>(kc, a_packed + i0 * kc, b_panel, acc);
+        const int rows = static_cast<int>(m - i0 < kMr ? m - i0 : kMr);
+        T* out = c + i0 * ldc + j0;
+        if (rows == kMr && width == nr) {
+#pragma GCC unroll 14
+          for (int i = 0; i < kMr; ++i) {
+            T* row = out + i * ldc;
+            store(row, add ? load(row) + acc[i][0] : acc[i][0]);
+            store(row + kLanes<T>, add ? load(row + kLanes<T>) + acc[i][1] : acc[i][1]);
+          }
+        } else {
+          alignas(64) T edge[kMr][nr];
+#pragma GCC unroll 14
+          for (int i = 0; i < kMr; ++i) {
+            store(edge[i], acc[i][0]);
+            store(edge[i] + kLanes<T>, acc[i][1]);
+          }
+          for (int i = 0; i < rows; ++i)
+            for (int j = 0; j < width; ++j) out[i * ldc + j] = add ? out[i * ldc + j] + edge[i][j] : edge[i][j];
+        }
+      }
+    }
+  }
+}
+
+// The whole product, cut into tasks of kMc rows x kTaskColumns columns.
+template <class T>
+static void gemm(const Parallel& parallel, const T* a, int64_t a_row, int64_t a_col, int64_t m, int64_t k,
+                 const T* packed, int64_t n, T* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t columns = 256;
+  static_assert(columns % kNr<T> == 0);
+  const int64_t col_tasks = ceil_div(n, columns);
+  parallel.for_each(ceil_div(m, kMc) * col_tasks, [=](int64_t task) {
+    const int64_t i0 = task / col_tasks * kMc;
+    const int64_t j0 = task % col_tasks * columns;
+    gemm_tile(a + i0 * a_row, a_row, a_col, m - i0 < kMc ? m - i0 : kMc, k, packed + j0 * k,
+              n - j0 < columns ? n - j0 : columns, c + i0 * ldc + j0, ldc, accumulate);
+  });
+}
+
+}  // namespace lcr2s::cpu::LCR2S_ISA

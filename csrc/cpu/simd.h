@@ -1,0 +1,104 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// SIMD through the compiler's vector extensions: one source for AVX-512, AVX2 and any other machine. The build compiles each
+// family once per instruction set with LCR2S_ISA (namespace) and LCR2S_VECTOR_BYTES (vector width) set. Everything here lives
+// in that namespace, is inlined, and uses no template of the standard library: a function shared between differently compiled
+// copies could bring instructions to a processor that lacks them.
+#ifndef LCR2S_ISA
+#error "compile through CMakeLists.txt, which sets LCR2S_ISA and LCR2S_VECTOR_BYTES"
+#endif
+
+#define LCR2S_INLINE inline __attribute__((always_inline))
+
+namespace lcr2s::cpu::LCR2S_ISA {
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(LCR2S_VECTOR_BYTES), may_alias));
+  typedef int32_t mask __attribute__((vector_size(LCR2S_VECTOR_BYTES), may_alias));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(LCR2S_VECTOR_BYTES), may_alias));
+  typedef int64_t mask __attribute__((vector_size(LCR2S_VECTOR_BYTES), may_alias));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+using Mask = typename VecOf<T>::mask;
+template <class T>
+constexpr int kLanes = LCR2S_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+template <class T>
+LCR2S_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class T>
+LCR2S_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+template <class T>
+LCR2S_INLINE Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+// The first n lanes; the others are zero.
+template <class T>
+LCR2S_INLINE Vec<T> load_partial(const T* p, int n) {
+  Vec<T> v{};
+  __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof(T));
+  return v;
+}
+template <class T>
+LCR2S_INLINE void store_partial(T* p, Vec<T> v, int n) {
+  __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(T));
+}
+template <class T>
+LCR2S_INLINE T sum_lanes(Vec<T> v) {
+  T lanes[kLanes<T>];
+  __builtin_memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// e^x for every lane. float: Cody-Waite reduction and a degree-6 polynomial, below 2 ulp on [-87.3, 88.7]; smaller x gives 0,
+// larger x infinity, NaN stays NaN. double: libm.
+LCR2S_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  using I = Mask<float>;
+  const V magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  V clamped = x < -88.0f ? broadcast(-88.0f) : x;
+  clamped = clamped > 89.0f ? broadcast(89.0f) : clamped;
+  const V shifted = clamped * 1.44269504088896341f + magic;
+  const V n = shifted - magic;
+  const V r = (clamped - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+  V p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n in two factors, so that n = 128 does not overflow the exponent field before the product does.
+  const I whole = __builtin_convertvector(n, I);
+  const I half = whole >> 1;
+  const V scale_a = (V)((half + 127) << 23);
+  const V scale_b = (V)((whole - half + 127) << 23);
+  V y = p * scale_a * scale_b;
+  y = x < -87.3365448f ? V{} : y;
+  y = x > 88.7228394f ? broadcast(__builtin_inff()) : y;
+  return x != x ? x : y;
+}
+LCR2S_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+}  // namespace lcr2s::cpu::LCR2S_ISA

@@ -1,0 +1,11 @@
+"""The operators: fused kernels for cross-modal retrieval and distillation, as PyTorch custom operators."""
+
+from lcr2s_ext.ops._backend import BackendUnavailableError, explain, use_backend
+from lcr2s_ext.ops.support_index import SupportIndex
+
+__all__ = [
+    "BackendUnavailableError",
+    "SupportIndex",
+    "explain",
+    "use_backend",
+]

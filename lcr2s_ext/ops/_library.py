@@ -1,0 +1,36 @@
+"""Loads the compiled library, once, and remembers why when that fails."""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+_PATH = Path(__file__).resolve().parent.parent / "liblcr2s.so"
+ISA_NAMES = ("portable", "avx2", "avx512")
+
+
+def _load() -> str | None:
+    if not _PATH.exists():
+        return f"{_PATH} does not exist: this installation was built without the compiled library"
+    try:
+        torch.ops.load_library(_PATH)
+    except OSError as error:
+        # The reason is part of every BackendUnavailableError; the reference and Triton backends still work.
+        message = f"{_PATH} could not be loaded by torch {torch.__version__}: {error}"
+        warnings.warn(f"lcr2s_ext: {message}", RuntimeWarning, stacklevel=3)
+        return message
+    return None
+
+
+LOAD_ERROR: str | None = _load()
+"""Why the compiled library is not there, or None when it is loaded."""
+
+
+def compiled() -> bool:
+    """Whether the compiled library is loaded."""
+    return LOAD_ERROR is None
+
+
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether the loaded library holds a kernel of `op` for "cpu" or "cuda" tensors."""
+    return compiled() and torch._C._dispatch_has_kernel_for_dispatch_key(f"lcr2s::{op}", device_type.upper())

@@ -1,0 +1,81 @@
+"""Autograd and autocast of the compiled operators: the stable ABI has neither, so they are registered from Python."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("lcr2s", "FRAGMENT")
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def register_autocast(op: str, cast: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]]) -> None:
+    """Under autocast, call lcr2s::`op` with `cast(arguments, autocast dtype)` instead of its arguments."""
+    overload = getattr(torch.ops.lcr2s, op).default
+    for device in ("cpu", "cuda"):
+        key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
+        keyset = torch._C.DispatchKeySet(key)
+
+        def kernel(_: Any, *args: Any, device: str = device, keyset: Any = keyset) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(keyset):
+                return overload(*cast(args, torch.get_autocast_dtype(device)))
+
+        _LIBRARY.impl(op, kernel, key.name, with_keyset=True)
+
+
+def cast_to_autocast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """What matrix products do under autocast: floating arguments other than float64 take the autocast dtype."""
+    return tuple(
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a for a in args
+    )
+
+
+def no_double_backward(op: str) -> Callable[..., Any]:
+    """An autograd formula for backward operators that refuses to be differentiated."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(f"{op}: double backward (create_graph=True through this operator) is not supported")
+
+    return backward
+
+
+def register_scalar_loss(op: str, differentiable: tuple[int, ...]) -> None:
+    """Autograd of an operator that returns its loss and, already computed, the loss's gradients.
+
+    Args:
+        op: lcr2s::`op` returns (loss, gradient, ...): the () loss, then one gradient for each differentiable argument,
+            in order and in the statistics dtype; one without elements where the caller did not ask for it.
+        differentiable: positions of those arguments.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.arguments = len(inputs)
+        ctx.dtypes = tuple(inputs[position].dtype for position in differentiable)
+        ctx.save_for_backward(*output[1:])
+
+    def backward(ctx: Any, grad_loss: Tensor | None, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(grad is not None for grad in grad_gradients):
+            no_double_backward(op)(ctx)
+        result: list[Tensor | None] = [None] * ctx.arguments
+        if grad_loss is not None:
+            for position, dtype, gradient, needed in zip(
+                differentiable,
+                ctx.dtypes,
+                ctx.saved_tensors,
+                (ctx.needs_input_grad[position] for position in differentiable),
+                strict=True,
+            ):
+                if needed:
+                    # Scaled in the statistics dtype: a half gradient would underflow before a GradScaler acts.
+                    result[position] = (gradient * grad_loss).to(dtype)
+        return tuple(result)
+
+    torch.library.register_autograd(f"lcr2s::{op}", backward, setup_context=setup_context)
+
+
+def needs_grad(*tensors: Tensor) -> list[bool]:
+    """For each tensor, whether autograd will want its gradient; decided here, as part of the call."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and tensor.requires_grad for tensor in tensors]

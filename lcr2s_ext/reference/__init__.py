@@ -1,0 +1,1 @@
+"""The operators in plain PyTorch: oracle of the tests, fallback, the text to read first."""
