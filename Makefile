@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py build_backend.py CMakeLists.txt
+$(STAMP): pyproject.toml requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml setup.py build_backend.py CMakeLists.txt
 
 # Only what changed in csrc/ since the last build.
 build: $(STAMP)
+	@mkdir -p build
 	@flock build/.lock $(BIN)/python setup.py -q build_ext --inplace
 
 demo: build

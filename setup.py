@@ -67,9 +67,11 @@ class CMakeBuild(build_ext):
         build_dir = Path(os.environ.get("LCR2S_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
         if not self.inplace:
             build_dir = build_dir.with_name(build_dir.name + "-wheel")
-        cmake = shutil.which("cmake")
-        if cmake is None:
-            raise SystemExit("lcr2s_ext needs cmake >= 3.22 to build: pip install cmake ninja")
+        # The interpreter's own scripts first: `python setup.py` need not run in an activated environment.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
+        if cmake is None or ninja is None:
+            raise SystemExit("lcr2s_ext needs cmake >= 3.22 and ninja to build: pip install cmake ninja")
         import pybind11
 
         configure = [
@@ -79,7 +81,9 @@ class CMakeBuild(build_ext):
             "-B",
             str(build_dir),
             "-G",
-            "Ninja" if shutil.which("ninja") else "Unix Makefiles",
+            "Ninja",
+            # Named anew each time: the one of an isolated build is gone when its folder is configured again.
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DLCR2S_TORCH_DIR={torch_dir}",
             f"-DLCR2S_TORCH_VERSION={torch_version(torch_dir)}",
             f"-DLCR2S_OUTPUT_DIR={output}",
