@@ -10,6 +10,19 @@ from lcr2s_ext.ops import _library
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
+OPERATORS = (
+    "support_attention",
+    "info_nce",
+    "sdm",
+    "cmpm",
+    "tal",
+    "relation_frobenius",
+    "relation_kl",
+    "topk_similarity",
+    "retrieval_metrics",
+)
+"""Every operator, by its name in torch.ops.lcr2s."""
+
 TRITON_OPS: frozenset[str] = frozenset()
 """Operators that have a Triton kernel."""
 
