@@ -1,0 +1,29 @@
+"""Encoders, the dual encoder, teacher and student, and the model users hold."""
+
+from lcr2s_ext.models.dual_encoder import DualEncoder, Student, Teacher, TeacherFeatures
+from lcr2s_ext.models.encoders import (
+    TinyImageEncoder,
+    TinyTextEncoder,
+    build_encoder,
+    encoder_spec,
+    register_encoder,
+)
+from lcr2s_ext.models.lcr2s import LCR2S, PRESETS, preset_config
+from lcr2s_ext.models.preprocess import images_to_tensor, normalize_images
+
+__all__ = [
+    "LCR2S",
+    "PRESETS",
+    "DualEncoder",
+    "Student",
+    "Teacher",
+    "TeacherFeatures",
+    "TinyImageEncoder",
+    "TinyTextEncoder",
+    "build_encoder",
+    "encoder_spec",
+    "images_to_tensor",
+    "normalize_images",
+    "preset_config",
+    "register_encoder",
+]
