@@ -33,4 +33,6 @@ def compiled() -> bool:
 
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether the loaded library holds a kernel of `op` for "cpu" or "cuda" tensors."""
-    return compiled() and torch._C._dispatch_has_kernel_for_dispatch_key(f"lcr2s::{op}", device_type.upper())
+    if not compiled() or not hasattr(torch.ops.lcr2s, op):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lcr2s::{op}", device_type.upper())
