@@ -6,7 +6,7 @@ OUT ?= demo_out
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup build demo test lint format types wheel clean
+.PHONY: setup build demo test sanitize lint format types wheel clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,20 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The CPU kernels under AddressSanitizer and UBSan, once with the baseline instruction set and once with the vector width and
+# tiles of AVX-512 compiled for AVX2 processors.
+SANITIZED := build/sanitized
+SANITIZE_TESTS ?= python_tests/ops
+sanitize: build
+	LCR2S_SANITIZE=address,undefined LCR2S_EMULATE_AVX512=1 LCR2S_CUDA=0 LCR2S_BUILD_DIR=$(SANITIZED) \
+	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED)-lib
+	for isa in portable avx512; do \
+	  LCR2S_LIBRARY=$(CURDIR)/$(SANITIZED)-lib/lcr2s_ext/liblcr2s.so LCR2S_CPU_ISA=$$isa \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider -k "$(SANITIZE_FILTER)" $(SANITIZE_TESTS) || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

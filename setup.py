@@ -89,6 +89,7 @@ class CMakeBuild(build_ext):
             f"-DLCR2S_OUTPUT_DIR={output}",
             f"-DLCR2S_VERSION={self.distribution.get_version()}",
             f"-DLCR2S_SANITIZE={os.environ.get('LCR2S_SANITIZE', '')}",
+            f"-DLCR2S_EMULATE_AVX512={os.environ.get('LCR2S_EMULATE_AVX512', '0')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *cuda_options(),

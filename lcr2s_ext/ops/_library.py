@@ -1,11 +1,13 @@
 """Loads the compiled library, once, and remembers why when that fails."""
 
+import os
 import warnings
 from pathlib import Path
 
 import torch
 
-_PATH = Path(__file__).resolve().parent.parent / "liblcr2s.so"
+# LCR2S_LIBRARY names another build of the library, such as one with sanitizers.
+_PATH = Path(os.environ.get("LCR2S_LIBRARY") or Path(__file__).resolve().parent.parent / "liblcr2s.so")
 ISA_NAMES = ("portable", "avx2", "avx512")
 
 
