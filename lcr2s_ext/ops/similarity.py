@@ -1,0 +1,224 @@
+"""Losses over the cosine matrix of two sets of features: InfoNCE, SDM, CMPM and TAL.
+
+The compiled kernels stream the matrix through a bounded workspace: memory is O((B + N) d), whatever B N is.
+"""
+
+import torch
+from torch import Tensor
+
+from lcr2s_ext.ops import _backend, _checks
+from lcr2s_ext.reference import similarity as reference
+
+
+def _check_features(image: object, text: object) -> tuple[Tensor, Tensor]:
+    image = _checks.check_tensor("image", image, "(B, d)")
+    text = _checks.check_tensor("text", text, "(N, d)")
+    _checks.check_nonempty("image", image)
+    _checks.check_nonempty("text", text)
+    # Autocast lets encoders return different dtypes; the wider one is taken then.
+    _checks.check_like("text", text, "image", image, dtype=not torch.is_autocast_enabled(image.device.type))
+    _checks.check_size("text", text, 1, image.shape[1], "width of `image`")
+    return image, text
+
+
+def _check_ids(image: Tensor, text: Tensor, image_ids: object, text_ids: object) -> tuple[Tensor, Tensor]:
+    first = _checks.check_ids("image_ids", image_ids, image.shape[0], "image", image)
+    if text_ids is None:
+        if text.shape[0] != image.shape[0]:
+            raise ValueError(
+                f"`text_ids` is needed where the {text.shape[0]} rows of `text` are not paired with the "
+                f"{image.shape[0]} rows of `image`"
+            )
+        return first, first
+    return first, _checks.check_ids("text_ids", text_ids, text.shape[0], "text", text)
+
+
+def _check_finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+    if not abs(value) < float("inf"):
+        raise ValueError(f"`{name}` must be finite, got {value}")
+    return float(value)
+
+
+def _statistics(image: Tensor, text: Tensor) -> torch.dtype:
+    return _checks.statistics_dtype(torch.promote_types(image.dtype, text.dtype))
+
+
+def info_nce_loss(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    *,
+    logit_scale: Tensor | float,
+    backend: str | None = None,
+) -> Tensor:
+    """Symmetric InfoNCE: softmax cross entropy of scaled cosines, mean over rows of each direction, the two averaged.
+
+    With s_ij = logit_scale * cos(image_i, text_j) a row's loss is logsumexp_j s_ij - mean of s_ij over its positives:
+    the diagonal without ids, all columns of the same identity with ids. A row without a positive is left out and each
+    direction averages over its own remaining rows (0 where none remains).
+
+    Args:
+        image: (B, d) float32, float64, bfloat16 or float16 features, normalised inside; B and d at least 1.
+        text: (N, d), dtype and device of `image` (under autocast the dtypes may differ: the wider one is taken).
+        image_ids: (B,) int32 or int64 identities. None: B = N and the diagonal.
+        text_ids: (N,) int32 or int64 identities. None: `image_ids`, with B = N.
+        logit_scale: 1 / temperature, a number above 0 or a one-element tensor, which may need a gradient and is not
+            read on the host.
+        backend: see :func:`lcr2s_ext.ops.use_backend`.
+
+    Returns:
+        () float32, or float64 for float64 features. A zero row has cosine 0 and gradient 0; NaN in gives NaN out.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or range; the message names it.
+        BackendUnavailableError: the backend cannot run here.
+
+    References:
+        van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748, eq. 4;
+        symmetric over images and texts as in Radford et al. (CLIP), arXiv 2103.00020.
+    """
+    image, text = _check_features(image, text)
+    if image_ids is None:
+        if text_ids is not None:
+            raise ValueError("`image_ids` must be given where `text_ids` is")
+        _checks.check_size("text", text, 0, image.shape[0], "rows of `image`: without ids, row i belongs to row i")
+    else:
+        image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
+    scale = _checks.check_scale("logit_scale", logit_scale, image.device, _statistics(image, text))
+    _backend.resolve("info_nce", backend, image.device)
+    return reference.info_nce_loss(image, text, image_ids, text_ids, scale)
+
+
+def sdm_loss(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor | None = None,
+    *,
+    logit_scale: Tensor | float = 50.0,
+    eps: float = 1e-8,
+    backend: str | None = None,
+) -> Tensor:
+    """Similarity distribution matching: KL of the softmax over cosines from the identities' distribution.
+
+    P_i = softmax_j(logit_scale * cos(image_i, text_j)), Q_ij = [same identity] / (number of row i's positives), row
+    loss sum_j P_ij (log P_ij - log(Q_ij + eps)); mean over the rows of each direction, the two directions summed. A row
+    without a positive keeps Q_i = 0.
+
+    Args:
+        image: (B, d) float32, float64, bfloat16 or float16 features, normalised inside; B and d at least 1.
+        text: (N, d), dtype and device of `image` (under autocast the dtypes may differ: the wider one is taken).
+        image_ids: (B,) int32 or int64 identities.
+        text_ids: (N,) int32 or int64 identities. None: `image_ids`, with B = N.
+        logit_scale: 1 / temperature, a number above 0 or a one-element tensor, which may need a gradient and is not
+            read on the host.
+        eps: added to Q inside the logarithm, above 0.
+        backend: see :func:`lcr2s_ext.ops.use_backend`.
+
+    Returns:
+        () float32, or float64 for float64 features. A zero row has cosine 0 and gradient 0; NaN in gives NaN out.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or range; the message names it.
+        BackendUnavailableError: the backend cannot run here.
+
+    References:
+        Jiang, Ye, "Cross-Modal Implicit Relation Reasoning and Aligning for Text-to-Image Person Retrieval" (IRRA),
+        CVPR 2023, arXiv 2303.12501 (the SDM loss).
+    """
+    image, text = _check_features(image, text)
+    image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
+    scale = _checks.check_scale("logit_scale", logit_scale, image.device, _statistics(image, text))
+    eps = _checks.check_positive("eps", eps)
+    _backend.resolve("sdm", backend, image.device)
+    return reference.sdm_loss(image, text, image_ids, text_ids, scale, eps)
+
+
+def cmpm_loss(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor | None = None,
+    *,
+    target: str = "l2",
+    eps: float = 1e-8,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-modal projection matching: like SDM, with the scalar projection onto the other modality as logit.
+
+    P_i = softmax_j(image_i . text_j / |text_j|): only the other side is normalised. Row loss
+    sum_j P_ij (log P_ij - log(Q_ij + eps)); mean over the rows of each direction, the two directions summed. A row
+    without a positive keeps Q_i = 0.
+
+    Args:
+        image: (B, d) float32, float64, bfloat16 or float16 features; B and d at least 1.
+        text: (N, d), dtype and device of `image` (under autocast the dtypes may differ: the wider one is taken).
+        image_ids: (B,) int32 or int64 identities.
+        text_ids: (N,) int32 or int64 identities. None: `image_ids`, with B = N.
+        target: "l2", as published: Q_i = y_i / |y_i|_2 for the 0/1 row y_i of same identities; "sum": y_i / sum y_i.
+        eps: added to Q inside the logarithm, above 0.
+        backend: see :func:`lcr2s_ext.ops.use_backend`.
+
+    Returns:
+        () float32, or float64 for float64 features. A zero row has logits 0 and gradient 0; NaN in gives NaN out.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or range; the message names it.
+        BackendUnavailableError: the backend cannot run here.
+
+    References:
+        Zhang, Lu, "Deep Cross-Modal Projection Learning for Image-Text Matching", ECCV 2018 (the CMPM loss).
+    """
+    image, text = _check_features(image, text)
+    image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
+    target = _checks.check_choice("target", target, ("l2", "sum"))
+    eps = _checks.check_positive("eps", eps)
+    _backend.resolve("cmpm", backend, image.device)
+    return reference.cmpm_loss(image, text, image_ids, text_ids, target, eps)
+
+
+def tal_loss(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor | None = None,
+    *,
+    margin: float = 0.1,
+    tau: float = 0.015,
+    backend: str | None = None,
+) -> Tensor:
+    """Triplet alignment loss: a hinge between the softly averaged positives and the log-sum-exp of all negatives.
+
+    Row loss [margin - sum_j a_ij s_ij + tau log sum_{j negative} exp(s_ij / tau)]_+ with s_ij = cos(image_i, text_j)
+    and a_i = softmax(s_i / tau) over the positives, through which no gradient flows. Summed over the rows of both
+    directions. A row without a positive or without a negative gives 0.
+
+    Args:
+        image: (B, d) float32, float64, bfloat16 or float16 features, normalised inside; B and d at least 1.
+        text: (N, d), dtype and device of `image` (under autocast the dtypes may differ: the wider one is taken).
+        image_ids: (B,) int32 or int64 identities.
+        text_ids: (N,) int32 or int64 identities. None: `image_ids`, with B = N.
+        margin: finite.
+        tau: temperature, above 0.
+        backend: see :func:`lcr2s_ext.ops.use_backend`.
+
+    Returns:
+        () float32, or float64 for float64 features. A zero row has cosine 0 and gradient 0; NaN in gives NaN out.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or range; the message names it.
+        BackendUnavailableError: the backend cannot run here.
+
+    References:
+        Qin et al., "Noisy-Correspondence Learning for Text-to-Image Person Re-identification" (RDE), CVPR 2024,
+        arXiv 2308.09911 (the TAL loss).
+    """
+    image, text = _check_features(image, text)
+    image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
+    margin = _check_finite("margin", margin)
+    tau = _checks.check_positive("tau", tau)
+    _backend.resolve("tal", backend, image.device)
+    return reference.tal_loss(image, text, image_ids, text_ids, margin, tau)
