@@ -1,0 +1,129 @@
+"""Relation distillation: the student's image-text cosines follow the teacher's.
+
+The compiled kernels never form the B x N matrices: memory is O((B + N) d + d^2) and a bounded workspace.
+"""
+
+import torch
+from torch import Tensor
+
+from lcr2s_ext.ops import _backend, _checks
+from lcr2s_ext.reference import relation as reference
+
+_REDUCTIONS = ("sum", "row", "mean")
+
+
+def _check(
+    student_image: object, student_text: object, teacher_image: object, teacher_text: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four features, the teacher's detached."""
+    image = _checks.check_tensor("student_image", student_image, "(B, d)")
+    text = _checks.check_tensor("student_text", student_text, "(N, d)")
+    soft_image = _checks.check_tensor("teacher_image", teacher_image, "(B, e)")
+    soft_text = _checks.check_tensor("teacher_text", teacher_text, "(N, e)")
+    autocast = torch.is_autocast_enabled(image.device.type)
+    pairs = (("student_image", image, "student_text", text), ("teacher_image", soft_image, "teacher_text", soft_text))
+    for first_name, first, second_name, second in pairs:
+        _checks.check_nonempty(first_name, first)
+        _checks.check_nonempty(second_name, second)
+        # Autocast lets encoders return different dtypes.
+        _checks.check_like(second_name, second, first_name, first, dtype=not autocast)
+        _checks.check_size(second_name, second, 1, first.shape[1], f"width of `{first_name}`")
+    _checks.check_like("teacher_image", soft_image, "student_image", image, dtype=False)
+    _checks.check_size("teacher_image", soft_image, 0, image.shape[0], "rows of `student_image`")
+    _checks.check_size("teacher_text", soft_text, 0, text.shape[0], "rows of `student_text`")
+    return image, text, soft_image.detach(), soft_text.detach()
+
+
+def _statistics(*features: Tensor) -> torch.dtype:
+    wide = any(tensor.dtype == torch.float64 for tensor in features)
+    return torch.float64 if wide else torch.float32
+
+
+def relation_frobenius_loss(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    *,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Squared Frobenius distance between the cosine matrices of student and teacher.
+
+    sum_ij (cos(student_image_i, student_text_j) - cos(teacher_image_i, teacher_text_j))^2, the inter-modal relation
+    loss of LCR²S. Any two modalities will do: pass images twice for intra-modal relations. The compiled kernel takes
+    products of d x d Gram matrices, O((B + N) d^2), or the relations row by row where that is cheaper.
+
+    Args:
+        student_image: (B, d) float32, float64, bfloat16 or float16 features, normalised inside; B and d at least 1.
+        student_text: (N, d), dtype and device of `student_image` (under autocast the dtypes may differ).
+        teacher_image: (B, e) on the same device; dtype and width may differ from the student's. No gradient.
+        teacher_text: (N, e), dtype of `teacher_image` (under autocast the dtypes may differ). No gradient.
+        reduction: "sum", "row" (the sum divided by B) or "mean" (divided by B * N).
+        backend: see :func:`lcr2s_ext.ops.use_backend`.
+
+    Returns:
+        () float32, or float64 where any of the features are. A zero row has cosine 0 and gradient 0; NaN in gives NaN
+        out. Differentiable once in the student's features.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or value; the message names it.
+        BackendUnavailableError: the backend cannot run here.
+
+    Where the widths agree the loss keeps its digits as the student approaches the teacher; where they differ its
+    rounding error is about 1e-7 of |R_student|^2 + |R_teacher|^2 in float32.
+
+    References:
+        Yan et al., "Learning Comprehensive Representations with Richer Self for Text-to-Image Person
+        Re-Identification", ACM MM 2023, arXiv 2310.11210.
+    """
+    features = _check(student_image, student_text, teacher_image, teacher_text)
+    reduction = _checks.check_choice("reduction", reduction, _REDUCTIONS)
+    _backend.resolve("relation_frobenius", backend, student_image.device)
+    return reference.relation_frobenius_loss(*features, reduction)
+
+
+def relation_kl_loss(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    *,
+    student_scale: Tensor | float,
+    teacher_scale: Tensor | float,
+    backend: str | None = None,
+) -> Tensor:
+    """Kullback-Leibler divergence of the student's softmax relations from the teacher's, in both directions.
+
+    Row i: KL(softmax_j(teacher_scale * cos(teacher_image_i, teacher_text_j)) || softmax_j(student_scale *
+    cos(student_image_i, student_text_j))), mean over the B rows; the same over the N columns; the two summed.
+
+    Args:
+        student_image: (B, d) float32, float64, bfloat16 or float16 features, normalised inside; B and d at least 1.
+        student_text: (N, d), dtype and device of `student_image` (under autocast the dtypes may differ).
+        teacher_image: (B, e) on the same device; dtype and width may differ from the student's. No gradient.
+        teacher_text: (N, e), dtype of `teacher_image` (under autocast the dtypes may differ). No gradient.
+        student_scale: 1 / temperature of the student, a number above 0 or a one-element tensor, which may need a
+            gradient and is not read on the host.
+        teacher_scale: the teacher's, likewise, without a gradient.
+        backend: see :func:`lcr2s_ext.ops.use_backend`.
+
+    Returns:
+        () float32, or float64 where any of the features are. A zero row has cosine 0 and gradient 0; NaN in gives NaN
+        out. Differentiable once in the student's features and scale.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or value; the message names it.
+        BackendUnavailableError: the backend cannot run here.
+
+    References:
+        Yang et al., "CLIP-KD: An Empirical Study of CLIP Model Distillation", CVPR 2024, arXiv 2307.12732
+        (contrastive relational distillation).
+    """
+    features = _check(student_image, student_text, teacher_image, teacher_text)
+    dtype = _statistics(*features)
+    device = student_image.device
+    student = _checks.check_scale("student_scale", student_scale, device, dtype)
+    teacher = _checks.check_scale("teacher_scale", teacher_scale, device, dtype).detach()
+    _backend.resolve("relation_kl", backend, device)
+    return reference.relation_kl_loss(*features, student, teacher)

@@ -1,0 +1,43 @@
+"""Relation distillation losses in plain PyTorch; every function forms the B x N cosine matrices."""
+
+import torch
+from torch import Tensor
+
+from lcr2s_ext.reference.similarity import _cosine
+
+
+def _relations(image: Tensor, text: Tensor) -> Tensor:
+    return _cosine(image, text)[0]
+
+
+def relation_frobenius_loss(
+    student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor, reduction: str
+) -> Tensor:
+    """See :func:`lcr2s_ext.ops.relation_frobenius_loss`."""
+    with torch.autocast(student_image.device.type, enabled=False):
+        difference = _relations(student_image, student_text) - _relations(teacher_image, teacher_text).detach()
+        total = difference.square().sum()
+        rows, columns = difference.shape
+        return total / {"sum": 1, "row": rows, "mean": rows * columns}[reduction]
+
+
+def _divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean over rows of KL(softmax(teacher) || softmax(student))."""
+    log_teacher = torch.log_softmax(teacher_logits, 1)
+    log_student = torch.log_softmax(student_logits, 1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()
+
+
+def relation_kl_loss(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+) -> Tensor:
+    """See :func:`lcr2s_ext.ops.relation_kl_loss`."""
+    with torch.autocast(student_image.device.type, enabled=False):
+        student = student_scale * _relations(student_image, student_text)
+        teacher = (teacher_scale * _relations(teacher_image, teacher_text)).detach()
+        return _divergence(student, teacher) + _divergence(student.T, teacher.T)
