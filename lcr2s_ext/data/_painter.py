@@ -31,9 +31,7 @@ def _shade(colour: Rgb, factor: float) -> Rgb:
 class _Pen:
     """Draws in body coordinates (x 0..64 with the body's middle at 32, y 0..128), placed and scaled in the picture."""
 
-    def __init__(
-        self, draw: ImageDraw.ImageDraw, shift_x: float, shift_y: float, scale: float, mirror: bool
-    ) -> None:
+    def __init__(self, draw: ImageDraw.ImageDraw, shift_x: float, shift_y: float, scale: float, mirror: bool) -> None:
         self.draw, self.shift_x, self.shift_y, self.scale = draw, shift_x, shift_y, scale
         self.sign = -1.0 if mirror else 1.0
 
@@ -43,9 +41,7 @@ class _Pen:
     def y(self, value: float) -> float:
         return 64 + self.shift_y + self.scale * (value - 64)
 
-    def _corners(
-        self, left: float, top: float, right: float, bottom: float
-    ) -> tuple[float, float, float, float]:
+    def _corners(self, left: float, top: float, right: float, bottom: float) -> tuple[float, float, float, float]:
         a, b = self.x(left), self.x(right)
         return min(a, b), self.y(top), max(a, b), self.y(bottom)
 
@@ -164,9 +160,7 @@ def _arm(
 
     def part(top: float, bottom: float, fill: Rgb, half: float = thickness / 2) -> None:
         a, b = at(top), at(bottom)
-        pen.shape(
-            ((a - half, top), (a + half, top), (b + half * 0.9, bottom), (b - half * 0.9, bottom)), fill
-        )
+        pen.shape(((a - half, top), (a + half, top), (b + half * 0.9, bottom), (b - half * 0.9, bottom)), fill)
 
     part(29, 66, _shade(skin, light))
     short = person.values["top"][0] == "t-shirt"
@@ -373,9 +367,7 @@ def _occluder(draw: ImageDraw.ImageDraw, scene: Stream) -> None:
         draw.ellipse((left, top, left + scene.between(14, 26), top + scene.between(14, 30)), fill=colour)
 
 
-def render(
-    person: Person, view: str, facing: str, camera: int, scene: Stream, size: tuple[int, int]
-) -> Image.Image:
+def render(person: Person, view: str, facing: str, camera: int, scene: Stream, size: tuple[int, int]) -> Image.Image:
     """One picture of a person.
 
     Args:
@@ -413,9 +405,7 @@ def render(
     if scene.chance(0.4):
         image = image.filter(ImageFilter.GaussianBlur(scene.between(0.3, 0.9) * height / 64))
     gain = scene.between(0.7, 1.2)
-    cast = [
-        gain * (1 + 0.05 * math.sin(1.3 * camera + 2.1 * c) + scene.between(-0.04, 0.04)) for c in range(3)
-    ]
+    cast = [gain * (1 + 0.05 * math.sin(1.3 * camera + 2.1 * c) + scene.between(-0.04, 0.04)) for c in range(3)]
     deviation = scene.between(2.0, 9.0)
     offset = scene.between(-8, 14)
     pixels = np.asarray(image, dtype=np.float32) * np.asarray(cast, dtype=np.float32)

@@ -134,9 +134,7 @@ def make_family(
     style = styles[style_number]
     base = {slot.name: _styled_value(slot, style, stream) for slot in SLOTS}
     # Slots with a single possible pair of values cannot tell three people apart.
-    candidates = [
-        slot for slot in SLOTS if len(slot.kinds) * max(1, len(slot.colours)) + (slot.presence < 1) >= 3
-    ]
+    candidates = [slot for slot in SLOTS if len(slot.kinds) * max(1, len(slot.colours)) + (slot.presence < 1) >= 3]
     differing = stream.shuffled(candidates)[:FAMILY_DIFFERENCES]
     used: dict[str, set[Value]] = {slot.name: set() for slot in differing}
     members = []
@@ -186,7 +184,5 @@ def visible_slots(person: Person, view: str, facing: str) -> list[str]:
         "carried": view == "side" and facing != other_hand,
     }
     return [
-        slot.name
-        for slot in SLOTS
-        if person.has(slot.name) and view in slot.views and not hidden.get(slot.name, False)
+        slot.name for slot in SLOTS if person.has(slot.name) and view in slot.views and not hidden.get(slot.name, False)
     ]

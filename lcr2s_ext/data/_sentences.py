@@ -91,7 +91,7 @@ def choose_mentions(person: Person, view: str, facing: str, stream: Stream) -> l
         wrong = stream.chance(WRONG_VALUE)
         if wrong:
             truth = value
-            while value == truth or value == NONE:
+            while value in (truth, NONE):
                 value = (stream.choice(slot.kinds), stream.choice(slot.colours) if slot.colours else "")
         omitted = bool(slot.colours) and stream.chance(COLOUR_OMITTED)
         mentions.append(Mention(name, value, wrong, omitted))
@@ -132,9 +132,7 @@ def write_sentence(mentions: list[Mention], stream: Stream) -> str:
     be = "is" if gender else "are"
     clauses: list[tuple[str, str]] = []
     if wears:
-        clauses.append(
-            (f"wearing {_join(wears)}", f"{be} {stream.choice(('wearing', 'dressed in'))} {_join(wears)}")
-        )
+        clauses.append((f"wearing {_join(wears)}", f"{be} {stream.choice(('wearing', 'dressed in'))} {_join(wears)}"))
     if looks:
         clauses.append((f"with {_join(looks)}", f"{have} {_join(looks)}"))
     if holds:

@@ -1,9 +1,9 @@
 """A generated corpus in CUHK-PEDES' layout, to learn and test with where the real one may not be distributed.
 
-Nothing in it is photographed: pedestrians are drawn from 21 attribute slots, and sentences name a few of the slots that
-the own picture shows. What makes the task like the real one is deliberate: identities come in families of three that share
-all but six slots, each view hides something (a logo is seen from the front only, a print from behind only), sentences leave
-colours out or get them wrong, and some identities have a single picture, hence an empty support set.
+Nothing in it is photographed: pedestrians are drawn from 21 attribute slots, and sentences name a few of the slots
+that their own picture shows. What makes the task like the real one is deliberate: identities come in families of three
+that share all but six slots, each view hides something (a logo is seen from the front only, a print from behind only),
+sentences leave colours out or get things wrong, and some identities have a single picture, hence an empty support set.
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ def _plan(
         while len(people) < count:
             size_left = min(FAMILY_SIZE, count - len(people))
             people += make_family(seed, split, len(people) // FAMILY_SIZE, size_left, len(people), styles)
-        single = set(
-            Stream(seed, _SINGLE, split).shuffled(range(count))[: round(single_view_fraction * count)]
-        )
+        single = set(Stream(seed, _SINGLE, split).shuffled(range(count))[: round(single_view_fraction * count)])
         for person in people:
             identity = next(numbers)
             stream = Stream(seed, _ORDER, split, person.number)
@@ -129,22 +127,31 @@ def _plan(
                 camera = stream.below(NUM_CAMERAS)
                 path = f"cam_{'abcde'[camera]}/{identity:05d}_{position:02d}.png"
                 facing = stream.choice(("left", "right")) if order[position] == "side" else ""
-                pictures.append(
-                    _Picture(
-                        seed,
-                        split,
-                        person,
-                        identity,
-                        position,
-                        order[position],
-                        facing,
-                        camera,
-                        captions_per_image,
-                        path,
-                        size,
-                    )  # fmt: skip
+                picture = _Picture(
+                    seed=seed,
+                    split=split,
+                    person=person,
+                    identity=identity,
+                    position=position,
+                    view=order[position],
+                    facing=facing,
+                    camera=camera,
+                    captions=captions_per_image,
+                    path=path,
+                    size=size,
                 )
+                pictures.append(picture)
     return Stream(seed, _ORDER).shuffled(pictures)
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Removes the pictures of an earlier generated corpus, and its list first, so that no half corpus looks whole."""
+    listing = folder / "truth.json"
+    (folder / "reid_raw.json").unlink(missing_ok=True)
+    if listing.exists():
+        for truth in json.loads(listing.read_text(encoding="utf-8")):
+            (folder / "imgs" / truth["file_path"]).unlink(missing_ok=True)
+        listing.unlink()
 
 
 def generate_corpus(
@@ -159,7 +166,7 @@ def generate_corpus(
     layout: str = "cuhk-pedes",
     workers: int = 1,
 ) -> Path:
-    """Draws the corpus and writes it to disk: ``root/CUHK-PEDES/reid_raw.json``, ``imgs/`` and a statement of its origin.
+    """Draws the corpus and writes it to disk as ``root/CUHK-PEDES/reid_raw.json`` and ``imgs/``.
 
     Beside what the original has there are ``README.txt`` and ``generated.json``, which say that the corpus is generated
     and with which parameters, and ``truth.json``, which lists for every picture what it shows and what each of its
@@ -208,6 +215,7 @@ def generate_corpus(
     folder = Path(root) / "CUHK-PEDES"
     if (folder / "reid_raw.json").exists() and not (folder / "generated.json").exists():
         raise FileExistsError(f"{folder} holds a corpus that was not generated; it is not overwritten")
+    _remove_earlier(folder)
     pictures = _plan(counts, views, captions_per_image, seed, (height, width), float(single_view_fraction))
     for parent in sorted({Path(picture.path).parent for picture in pictures}):
         (folder / "imgs" / parent).mkdir(parents=True, exist_ok=True)
