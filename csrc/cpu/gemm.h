@@ -3,9 +3,9 @@
 #include "parallel.h"
 #include "simd.h"
 
-// Blocked matrix product for the kernels of this folder: C (m x n) = or += A (m x k) B (k x n) with any strides of A and B.
-// Every element of C is summed over k in one fixed order that depends on k alone, neither on its place in a tile nor on the
-// number of threads: the same pair of rows gives the same bits everywhere.
+// Blocked matrix product for the kernels of this folder: C (m x n) = or += A (m x k) B (k x n) with any strides of A
+// and B. Every element of C is summed over k in one fixed order that depends on k alone, neither on its place in a tile
+// nor on the number of threads: the same pair of rows gives the same bits everywhere.
 namespace lcr2s::cpu::LCR2S_ISA {
 
 // Micro-tile: kMr rows x two vectors; its accumulators, two vectors of B and one broadcast fit the register file.
@@ -58,8 +58,61 @@ LCR2S_INLINE void micro_kernel(int64_t kc, const T* __restrict a, const T* __res
   }
 }
 
-// One task's share: m <= kMc rows of C, columns [0, n), B packed by pack_panels (packed points at the first panel wanted).
-// Single-threaded; call it inside a task to work on the tile while it is hot.
+// Four consecutive elements of four rows, transposed: column q goes to dst + q * kMr.
+template <class T>
+LCR2S_INLINE void transpose4(const T* src, int64_t row_stride, T* dst) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  Four row[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&row[i], src + i * row_stride, sizeof(Four));
+  const Four ab_low = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Four ab_high = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Four cd_low = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Four cd_high = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Four column[4] = {
+      __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
+      __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) __builtin_memcpy(dst + q * kMr, &column[q], sizeof(Four));
+}
+
+// Rows [0, m) and columns [0, kc) of A in strips of kMr rows: element (row i of strip s, column p) goes to
+// dst[(s * kc + p) * kMr + i]; rows beyond m are zero.
+template <class T>
+LCR2S_INLINE void pack_strips(const T* a, int64_t a_row, int64_t a_col, int64_t m, int64_t kc, T* dst) {
+  const int64_t full = m / kMr * kMr;
+  if (a_row == 1) {
+    // Along the columns of A, which are contiguous: strip by strip would come back to every cache line.
+    for (int64_t p = 0; p < kc; ++p)
+      for (int64_t i = 0; i < full; i += kMr)
+        __builtin_memcpy(dst + i * kc + p * kMr, a + i + p * a_col, kMr * sizeof(T));
+  } else {
+    constexpr int quad_rows = kMr / 4 * 4;
+    const int64_t quads = a_col == 1 ? kc / 4 * 4 : 0;
+    for (int64_t i0 = 0; i0 < full; i0 += kMr) {
+      const T* src = a + i0 * a_row;
+      T* strip = dst + i0 * kc;
+      for (int64_t p = 0; p < quads; p += 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < quad_rows; i += 4) transpose4(src + i * a_row + p, a_row, strip + p * kMr + i);
+#pragma GCC unroll 4
+        for (int i = quad_rows; i < kMr; ++i)
+          for (int q = 0; q < 4; ++q) strip[(p + q) * kMr + i] = src[i * a_row + p + q];
+      }
+      for (int64_t p = quads; p < kc; ++p)
+        for (int i = 0; i < kMr; ++i) strip[p * kMr + i] = src[i * a_row + p * a_col];
+    }
+  }
+  if (full < m) {
+    const T* src = a + full * a_row;
+    T* strip = dst + full * kc;
+    for (int64_t p = 0; p < kc; ++p)
+      for (int i = 0; i < kMr; ++i) strip[p * kMr + i] = full + i < m ? src[i * a_row + p * a_col] : T{0};
+  }
+}
+
+// One task's share: m <= kMc rows of C, columns [0, n), B packed by pack_panels (packed points at the first panel
+// wanted). Single-threaded; call it inside a task to work on the tile while it is hot.
 template <class T>
 static void gemm_tile(const T* a, int64_t a_row, int64_t a_col, int64_t m, int64_t k, const T* packed, int64_t n, T* c,
                       int64_t ldc, bool accumulate) {
@@ -72,17 +125,7 @@ static void gemm_tile(const T* a, int64_t a_row, int64_t a_col, int64_t m, int64
   for (int64_t k0 = 0; k0 < k; k0 += kKc) {
     const int64_t kc = k - k0 < kKc ? k - k0 : kKc;
     const bool add = accumulate || k0 > 0;
-    for (int64_t i0 = 0; i0 < m; i0 += kMr) {
-      T* dst = a_packed + i0 * kc;
-      const T* src = a + i0 * a_row + k0 * a_col;
-      for (int i = 0; i < kMr; ++i) {
-        if (i0 + i < m) {
-          for (int64_t p = 0; p < kc; ++p) dst[p * kMr + i] = src[i * a_row + p * a_col];
-        } else {
-          for (int64_t p = 0; p < kc; ++p) dst[p * kMr + i] = T{0};
-        }
-      }
-    }
+    pack_strips(a + k0 * a_col, a_row, a_col, m, kc, a_packed);
     for (int64_t j0 = 0; j0 < n; j0 += nr) {
       const T* b_panel = packed + (j0 / nr) * nr * k + k0 * nr;
       const int width = static_cast<int>(n - j0 < nr ? n - j0 : nr);
