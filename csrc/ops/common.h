@@ -39,12 +39,12 @@ inline std::string shape_of(const Tensor& tensor) {
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim) {
-  check(tensor.dim() == dim, op, "`", name, "` must have ", dim, " dimension(s), got shape ", shape_of(tensor));
+  if (tensor.dim() != dim) fail(op, "`", name, "` must have ", dim, " dimension(s), got shape ", shape_of(tensor));
 }
 
 inline void check_size(const char* op, const char* name, const Tensor& tensor, int64_t axis, int64_t size) {
-  check(tensor.size(axis) == size, op, "`", name, "` must have size ", size, " in dimension ", axis, ", got shape ",
-        shape_of(tensor));
+  if (tensor.size(axis) != size)
+    fail(op, "`", name, "` must have size ", size, " in dimension ", axis, ", got shape ", shape_of(tensor));
 }
 
 inline bool is_floating(ScalarType dtype) {

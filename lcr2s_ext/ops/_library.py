@@ -33,8 +33,19 @@ def compiled() -> bool:
     return LOAD_ERROR is None
 
 
+def _kernels() -> frozenset[tuple[str, str]]:
+    return frozenset(
+        (name.removeprefix("lcr2s::").removesuffix("."), device)
+        for device in ("cpu", "cuda")
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key(device.upper())
+        if name.startswith("lcr2s::")
+    )
+
+
+KERNELS: frozenset[tuple[str, str]] = _kernels()
+"""(operator, "cpu" or "cuda") of every kernel that the library holds; a constant, so that torch.compile can trace it."""
+
+
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether the loaded library holds a kernel of `op` for "cpu" or "cuda" tensors."""
-    if not compiled() or not hasattr(torch.ops.lcr2s, op):
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lcr2s::{op}", device_type.upper())
+    return (op, device_type) in KERNELS

@@ -40,6 +40,26 @@ def no_double_backward(op: str) -> Callable[..., Any]:
     return backward
 
 
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor, anchor: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return no_double_backward(ctx.op)(ctx, *grads)
+
+
+def _refuse_differentiation(op: str, gradient: Tensor) -> Tensor:
+    # Only under create_graph=True is a backward run with gradients enabled. Without this a gradient computed in the forward
+    # would pass for a constant, and second derivatives would silently be wrong.
+    if not torch.is_grad_enabled():
+        return gradient
+    anchor = torch.empty(0, device=gradient.device, requires_grad=True)
+    return _Refusal.apply(op, gradient, anchor)
+
+
 def register_scalar_loss(op: str, differentiable: tuple[int, ...]) -> None:
     """Autograd of an operator that returns its loss and, already computed, the loss's gradients.
 
@@ -51,25 +71,19 @@ def register_scalar_loss(op: str, differentiable: tuple[int, ...]) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
         ctx.arguments = len(inputs)
         ctx.dtypes = tuple(inputs[position].dtype for position in differentiable)
         ctx.save_for_backward(*output[1:])
 
-    def backward(ctx: Any, grad_loss: Tensor | None, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(grad is not None for grad in grad_gradients):
-            no_double_backward(op)(ctx)
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * ctx.arguments
         if grad_loss is not None:
-            for position, dtype, gradient, needed in zip(
-                differentiable,
-                ctx.dtypes,
-                ctx.saved_tensors,
-                (ctx.needs_input_grad[position] for position in differentiable),
-                strict=True,
-            ):
-                if needed:
+            for position, dtype, gradient in zip(differentiable, ctx.dtypes, ctx.saved_tensors, strict=True):
+                if ctx.needs_input_grad[position]:
                     # Scaled in the statistics dtype: a half gradient would underflow before a GradScaler acts.
-                    result[position] = (gradient * grad_loss).to(dtype)
+                    scaled = (gradient * grad_loss).to(dtype)
+                    result[position] = _refuse_differentiation(op, scaled)
         return tuple(result)
 
     torch.library.register_autograd(f"lcr2s::{op}", backward, setup_context=setup_context)

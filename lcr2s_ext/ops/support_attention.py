@@ -1,6 +1,7 @@
 """Multi-head attention of every query over its own small set of pool rows."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ def support_attention(
 
     .. math:: out_i^h = \sum_{j \in S_i} \mathrm{softmax}_j(scale \cdot q_i^h \cdot k_j^h)\, v_j^h
 
-    The attention inside the multi-head attentional fusion of LCR²S (Yan et al., ACM MM 2023, arXiv 2310.11210). Sets are
-    ragged and gathered by index: nothing is padded, and no copy of the gathered rows is made. A row that occurs
+    The attention inside the multi-head attentional fusion of LCR²S (Yan et al., ACM MM 2023, arXiv 2310.11210). Sets
+    are ragged and gathered by index: nothing is padded, and no copy of the gathered rows is made. A row that occurs
     repeatedly in a set counts as often. Memory is O(nnz * H) beyond inputs and outputs.
 
     Args:
@@ -98,3 +99,69 @@ def _check_scale(scale: float | None, width: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"`scale` must be finite, got {scale}")
     return float(scale)
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    entry_rows: Tensor,
+    t_indptr: Tensor,
+    t_entries: Tensor,
+    scale: float,
+    need_probs: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, heads = query.shape[:2]
+    entries = indices.shape[0] if need_probs else 0
+    probs = query.new_empty((entries, heads), dtype=_checks.statistics_dtype(query.dtype))
+    return query.new_empty((batch, heads, value.shape[2])), probs
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    probs: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    entry_rows: Tensor,
+    t_indptr: Tensor,
+    t_entries: Tensor,
+    scale: float,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = ((query, need_query), (key, need_key), (value, need_value))
+    grad_query, grad_key, grad_value = (like.new_empty(like.shape if needed else (0,)) for like, needed in operands)
+    return grad_query, grad_key, grad_value
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 7
+    if grad_out is None:
+        return None, None, None, *nothing
+    query, key, value, *index, probs = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    grads = torch.ops.lcr2s.support_attention_backward(grad_out, query, key, value, probs, *index, ctx.scale, *needs)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *nothing
+
+
+if _library.compiled():
+    torch.library.register_fake("lcr2s::support_attention", _fake)
+    torch.library.register_fake("lcr2s::support_attention_backward", _fake_backward)
+    torch.library.register_autograd("lcr2s::support_attention", _backward, setup_context=_setup_context)
+    torch.library.register_autograd(
+        "lcr2s::support_attention_backward", _registration.no_double_backward("support_attention")
+    )
+    _registration.register_autocast("support_attention", _registration.cast_to_autocast)
