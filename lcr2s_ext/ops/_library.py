@@ -43,7 +43,7 @@ def _kernels() -> frozenset[tuple[str, str]]:
 
 
 KERNELS: frozenset[tuple[str, str]] = _kernels()
-"""(operator, "cpu" or "cuda") of every kernel that the library holds; a constant, so that torch.compile can trace it."""
+"""(operator, "cpu" or "cuda") of every kernel in the library; a constant, so that torch.compile can trace through."""
 
 
 def has_kernel(op: str, device_type: str) -> bool:

@@ -52,8 +52,8 @@ class _Refusal(torch.autograd.Function):
 
 
 def _refuse_differentiation(op: str, gradient: Tensor) -> Tensor:
-    # Only under create_graph=True is a backward run with gradients enabled. Without this a gradient computed in the forward
-    # would pass for a constant, and second derivatives would silently be wrong.
+    # Only under create_graph=True is a backward run with gradients enabled. Without this a gradient computed in the
+    # forward would pass for a constant, and second derivatives would silently be wrong.
     if not torch.is_grad_enabled():
         return gradient
     anchor = torch.empty(0, device=gradient.device, requires_grad=True)
