@@ -6,7 +6,7 @@ The compiled kernels never form the B x N matrices: memory is O((B + N) d + d^2)
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks
+from lcr2s_ext.ops import _backend, _checks, _library, _registration, _workspace
 from lcr2s_ext.reference import relation as reference
 
 _REDUCTIONS = ("sum", "row", "mean")
@@ -79,8 +79,12 @@ def relation_frobenius_loss(
     """
     features = _check(student_image, student_text, teacher_image, teacher_text)
     reduction = _checks.check_choice("reduction", reduction, _REDUCTIONS)
-    _backend.resolve("relation_frobenius", backend, student_image.device)
-    return reference.relation_frobenius_loss(*features, reduction)
+    if _backend.resolve("relation_frobenius", backend, student_image.device) == "reference":
+        return reference.relation_frobenius_loss(*features, reduction)
+    needs = _registration.needs_grad(*features[:2])
+    return torch.ops.lcr2s.relation_frobenius(
+        *features, _REDUCTIONS.index(reduction), _workspace.workspace_bytes(), *needs
+    )[0]
 
 
 def relation_kl_loss(
@@ -125,5 +129,55 @@ def relation_kl_loss(
     device = student_image.device
     student = _checks.check_scale("student_scale", student_scale, device, dtype)
     teacher = _checks.check_scale("teacher_scale", teacher_scale, device, dtype).detach()
-    _backend.resolve("relation_kl", backend, device)
-    return reference.relation_kl_loss(*features, student, teacher)
+    if _backend.resolve("relation_kl", backend, device) == "reference":
+        return reference.relation_kl_loss(*features, student, teacher)
+    needs = _registration.needs_grad(*features[:2], student)
+    return torch.ops.lcr2s.relation_kl(*features, student, teacher, _workspace.workspace_bytes(), *needs)[0]
+
+
+def _gradient(like: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
+    return like.new_empty(like.shape if needed else (0,), dtype=dtype)
+
+
+def _fake_frobenius(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    reduction: int,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _statistics(student_image, student_text, teacher_image, teacher_text)
+    loss = student_image.new_empty((), dtype=dtype)
+    return loss, _gradient(student_image, dtype, need_image), _gradient(student_text, dtype, need_text)
+
+
+def _fake_kl(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _statistics(student_image, student_text, teacher_image, teacher_text)
+    return (
+        student_image.new_empty((), dtype=dtype),
+        _gradient(student_image, dtype, need_image),
+        _gradient(student_text, dtype, need_text),
+        _gradient(student_scale, dtype, need_scale),
+    )
+
+
+# No autocast rule: the kernels take every dtype as it is and normalise in their own precision.
+if _library.compiled():
+    torch.library.register_fake("lcr2s::relation_frobenius", _fake_frobenius)
+    torch.library.register_fake("lcr2s::relation_kl", _fake_kl)
+    _registration.register_scalar_loss("relation_frobenius", (0, 1))
+    _registration.register_scalar_loss("relation_kl", (0, 1, 4))

@@ -1,0 +1,116 @@
+#pragma once
+
+#include "features.h"
+#include "parallel.h"
+#include "scalar.h"
+
+// L2 normalisation of feature rows. Norms and quotients are formed in double: squares of float features neither overflow
+// nor underflow, and a difference of two unit rows keeps its digits however close they are.
+namespace lcr2s::cpu::LCR2S_ISA {
+
+constexpr int64_t kSegment = 256;
+// Rows that one task normalises.
+constexpr int64_t kUnitRows = 32;
+
+template <class S>
+static void widen_typed(const S* source, int count, double* out) {
+  for (int i = 0; i < count; ++i) out[i] = static_cast<double>(to_accumulate(source[i]));
+}
+
+// Elements [begin, begin + count) of a row, count <= kSegment.
+static inline void widen(const Features& features, int64_t row, int64_t begin, int count, double* out) {
+  const int64_t offset = row * features.stride + begin;
+  switch (features.dtype) {
+    case DType::float32:
+      return widen_typed(static_cast<const float*>(features.data) + offset, count, out);
+    case DType::float64:
+      return widen_typed(static_cast<const double*>(features.data) + offset, count, out);
+    case DType::bfloat16:
+      return widen_typed(static_cast<const BFloat16*>(features.data) + offset, count, out);
+    case DType::float16:
+      return widen_typed(static_cast<const Half*>(features.data) + offset, count, out);
+  }
+}
+
+LCR2S_INLINE int segment_size(int64_t width, int64_t begin) {
+  return static_cast<int>(width - begin < kSegment ? width - begin : kSegment);
+}
+
+// 1 / |row|; 0 for a zero row, so that its unit row and its gradient are zero. NaN stays NaN.
+static inline double inverse_norm(const Features& features, int64_t row) {
+  double squares[8] = {};
+  double segment[kSegment];
+  for (int64_t begin = 0; begin < features.width; begin += kSegment) {
+    const int count = segment_size(features.width, begin);
+    widen(features, row, begin, count, segment);
+    for (int i = count; i % 8 != 0; ++i) segment[i] = 0;
+    for (int i = 0; i < count; i += 8)
+#pragma GCC unroll 8
+      for (int u = 0; u < 8; ++u) squares[u] += segment[i + u] * segment[i + u];
+  }
+  const double sum = ((squares[0] + squares[4]) + (squares[2] + squares[6])) +
+                     ((squares[1] + squares[5]) + (squares[3] + squares[7]));
+  return sum == 0 ? 0.0 : 1.0 / __builtin_sqrt(sum);
+}
+
+// out = factor * row
+template <class T>
+static void scale_row(const Features& features, int64_t row, double factor, T* out) {
+  double segment[kSegment];
+  for (int64_t begin = 0; begin < features.width; begin += kSegment) {
+    const int count = segment_size(features.width, begin);
+    widen(features, row, begin, count, segment);
+    for (int i = 0; i < count; ++i) out[begin + i] = static_cast<T>(segment[i] * factor);
+  }
+}
+
+// out = factor_a * row of a - factor_b * row of b; equal widths.
+template <class T>
+static void scale_difference(const Features& a, const Features& b, int64_t row, double factor_a, double factor_b, T* out) {
+  double first[kSegment];
+  double second[kSegment];
+  for (int64_t begin = 0; begin < a.width; begin += kSegment) {
+    const int count = segment_size(a.width, begin);
+    widen(a, row, begin, count, first);
+    widen(b, row, begin, count, second);
+    for (int i = 0; i < count; ++i) out[begin + i] = static_cast<T>(first[i] * factor_a - second[i] * factor_b);
+  }
+}
+
+// Calls body(row) for every row in [begin, end), kUnitRows a task.
+template <class F>
+static void for_rows(const Parallel& parallel, int64_t begin, int64_t end, const F& body) {
+  parallel.for_each(ceil_div(end - begin, kUnitRows), [&](int64_t task) {
+    const int64_t first = begin + task * kUnitRows;
+    const int64_t last = first + kUnitRows < end ? first + kUnitRows : end;
+    for (int64_t row = first; row < last; ++row) body(row);
+  });
+}
+
+// Unit rows [begin, end) as dense rows of `out`; their inverse norms at inverse[row] unless it is null.
+template <class T>
+static void unit_rows(const Parallel& parallel, const Features& features, int64_t begin, int64_t end, T* out,
+                      double* inverse) {
+  for_rows(parallel, begin, end, [&](int64_t row) {
+    const double factor = inverse_norm(features, row);
+    if (inverse != nullptr) inverse[row] = factor;
+    scale_row(features, row, factor, out + (row - begin) * features.width);
+  });
+}
+
+// Through the normalisation: gradient = factor * inverse * (g - (g . unit) unit), in place.
+template <class T>
+static void project_row(T* gradient, const T* unit, int64_t width, double factor, double inverse) {
+  double sums[8] = {};
+  int64_t at = 0;
+  for (; at + 8 <= width; at += 8)
+#pragma GCC unroll 8
+    for (int u = 0; u < 8; ++u) sums[u] += static_cast<double>(gradient[at + u]) * static_cast<double>(unit[at + u]);
+  double along = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  for (; at < width; ++at) along += static_cast<double>(gradient[at]) * static_cast<double>(unit[at]);
+  const double scale = factor * inverse;
+  for (int64_t i = 0; i < width; ++i)
+    gradient[i] = static_cast<T>(scale * (static_cast<double>(gradient[i]) - along * static_cast<double>(unit[i])));
+}
+
+}  // namespace lcr2s::cpu::LCR2S_ISA
