@@ -8,10 +8,12 @@ from lcr2s_ext.models.encoders import (
     encoder_spec,
     register_encoder,
 )
-from lcr2s_ext.models.lcr2s import LCR2S, PRESETS, preset_config
+from lcr2s_ext.models.lcr2s import IMAGE_MEAN, IMAGE_STD, LCR2S, PRESETS, preset_config
 from lcr2s_ext.models.preprocess import images_to_tensor, normalize_images
 
 __all__ = [
+    "IMAGE_MEAN",
+    "IMAGE_STD",
     "LCR2S",
     "PRESETS",
     "DualEncoder",

@@ -28,7 +28,8 @@ class DualEncoder(nn.Module):
     Args:
         image_encoder: any module with an int ``output_width``, ``(B, 3, H, W)`` to ``(B, output_width)``.
         text_encoder: any module with an int ``output_width``, ``(B, L)`` int64 tokens to ``(B, output_width)``.
-        width: shared feature width ``d``; an encoder of another width gets a linear map. ``None`` takes the image encoder's.
+        width: shared feature width ``d``; an encoder of another width gets a linear map. ``None`` takes the image
+            encoder's.
     """
 
     def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, width: int | None = None) -> None:

@@ -1,9 +1,11 @@
 """Encoders of the tiny preset, and the registry that lets a saved model name its encoders.
 
-Any ``nn.Module`` with an integer attribute ``output_width`` is an encoder: an image encoder maps ``(B, 3, H, W)`` floats to
-``(B, output_width)``, a text encoder maps ``(B, L)`` int64 tokens (0 is padding) to ``(B, output_width)``. To be saved by
-``LCR2S.save_pretrained`` its class is registered by :func:`register_encoder` and has a JSON-able ``config`` of its keyword
-arguments.
+Any ``nn.Module`` with an integer attribute ``output_width`` is an encoder: an image encoder maps ``(B, 3, H, W)``
+floats to
+``(B, output_width)``, a text encoder maps ``(B, L)`` int64 tokens (0 is padding) to ``(B, output_width)``. To be
+saved by
+``LCR2S.save_pretrained`` its class is registered by :func:`register_encoder` and has a JSON-able ``config`` of its
+keyword arguments.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def build_encoder(spec: Mapping[str, Any]) -> nn.Module:
     name = arguments.pop("type", None)
     if name not in _ENCODERS:
         known = ", ".join(sorted(_ENCODERS))
-        raise ValueError(f"type: no encoder is registered as {name!r} (known: {known}); import the module that defines it")
+        raise ValueError(
+            f"type: no encoder is registered as {name!r} (known: {known}); import the module that defines it"
+        )
     return _ENCODERS[name](**arguments)
 
 
@@ -59,42 +63,45 @@ def encoder_spec(encoder: nn.Module) -> dict[str, Any]:
 class TinyImageEncoder(nn.Module):
     """Small convolutional encoder for pedestrian crops, trained from scratch.
 
-    A patch convolution, ``len(widths) - 1`` 3x3 convolutions with batch normalisation, the first of them and every second
-    one after it at full resolution, then the average over each of ``stripes`` horizontal stripes: where on the body a
-    colour is, is what captions talk about. A linear map of the concatenated stripes gives the feature.
+    A patch convolution, then 3x3 convolutions with batch normalisation, then the average over the cells of a
+    ``grid``: where
+    on the body a colour is, is what captions talk about, so the cells are kept apart. A linear map of all cells
+    gives the feature.
 
     Args:
         output_width: ``d``.
         widths: channels after the patch convolution and after each 3x3 convolution.
         strides: of each 3x3 convolution.
         patch: side and stride of the patch convolution.
-        stripes: horizontal stripes kept apart by the pooling.
-        dropout: on the pooled stripes.
+        grid: rows and columns of the pooled map.
+        dropout: on the pooled cells.
     """
 
     def __init__(
         self,
         output_width: int = 128,
         *,
-        widths: Sequence[int] = (32, 48, 96),
+        widths: Sequence[int] = (24, 32, 64),
         strides: Sequence[int] = (1, 2),
         patch: int = 4,
-        stripes: int = 4,
+        grid: Sequence[int] = (8, 4),
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if len(strides) != len(widths) - 1:
             raise ValueError(f"strides: expected {len(widths) - 1} values, one a 3x3 convolution, got {len(strides)}")
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"grid: expected two positive ints (rows, columns), got {grid!r}")
         self.config = {
             "output_width": output_width,
             "widths": list(widths),
             "strides": list(strides),
             "patch": patch,
-            "stripes": stripes,
+            "grid": list(grid),
             "dropout": dropout,
         }
         self.output_width = output_width
-        self.stripes = stripes
+        self.grid = (int(grid[0]), int(grid[1]))
         layers: list[nn.Module] = [
             nn.Conv2d(3, widths[0], patch, patch, bias=False),
             nn.BatchNorm2d(widths[0]),
@@ -106,44 +113,59 @@ class TinyImageEncoder(nn.Module):
                 nn.BatchNorm2d(width_out),
                 nn.ReLU(inplace=True),
             ]
-        # channels_last: measured a quarter to a third faster than the default layout for these widths on a CPU.
+        # channels_last is the faster layout for these widths on a CPU (docs/training.md has the measurement).
         self.features = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.dropout = nn.Dropout(dropout)
-        self.projection = nn.Linear(stripes * widths[-1], output_width)
+        self.projection = nn.Linear(self.grid[0] * self.grid[1] * widths[-1], output_width)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised floats to ``(B, output_width)``; any H and W of at least one patch."""
         maps = self.features(images.contiguous(memory_format=torch.channels_last))
-        stripes = F.adaptive_avg_pool2d(maps, (self.stripes, 1))
-        return self.projection(self.dropout(rearrange(stripes, "b c s 1 -> b (s c)")))
+        if maps.shape[-2:] != self.grid:
+            maps = F.adaptive_avg_pool2d(maps, self.grid)
+        return self.projection(self.dropout(rearrange(maps, "b c y x -> b (y x c)")))
 
 
-class _TransformerBlock(nn.Module):
-    """Pre-norm self-attention and feed-forward block; ``(B, L, d)`` to the same."""
+class _WindowBlock(nn.Module):
+    """Pre-norm transformer block whose feed-forward layer reads a window of neighbouring tokens; ``(B, L, d)`` to
+    the same.
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+    A caption says "red" next to "jacket": a feed-forward layer over three tokens binds the two at once, which
+    self-attention
+    over learnt positions has to find out from few captions. Self-attention over the whole caption follows.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, window: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        self.attention_norm = nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.attention_output = nn.Linear(width, width)
-        self.hidden_norm = nn.LayerNorm(width)
-        self.hidden_in = nn.Linear(width, hidden)
+        self.window = window
+        self.window_norm = nn.LayerNorm(width)
+        self.hidden_in = nn.Linear(window * width, hidden)
         self.hidden_out = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
+        if heads:
+            self.attention_norm = nn.LayerNorm(width)
+            self.query_key_value = nn.Linear(width, 3 * width)
+            self.attention_output = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        length, side = x.shape[1], self.window // 2
+        # Padding is zeroed: what a caption's last token sees does not depend on the length of other captions.
+        rows = F.pad(self.window_norm(x) * mask[..., None], (0, 0, side, side))
+        neighbours = torch.cat([rows[:, shift : shift + length] for shift in range(self.window)], 2)
+        x = x + self.dropout(self.hidden_out(F.relu(self.hidden_in(neighbours))))
+        if not self.heads:
+            return x
         q, k, v = rearrange(
             self.query_key_value(self.attention_norm(x)), "b l (three h e) -> three b h l e", three=3, h=self.heads
         )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.dropout(self.attention_output(rearrange(attended, "b h l e -> b l (h e)")))
-        return x + self.dropout(self.hidden_out(F.relu(self.hidden_in(self.hidden_norm(x)))))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=rearrange(mask, "b l -> b 1 1 l"))
+        return x + self.dropout(self.attention_output(rearrange(attended, "b h l e -> b l (h e)")))
 
 
 @register_encoder("tiny_text")
 class TinyTextEncoder(nn.Module):
-    """Small transformer over caption tokens, trained from scratch; mean over the tokens, then a linear map.
+    """Small transformer over caption tokens, trained from scratch; pooled over the tokens, then a linear map.
 
     Args:
         vocab_size: number of token ids; id 0 is padding.
@@ -151,8 +173,10 @@ class TinyTextEncoder(nn.Module):
         max_length: longest caption in tokens; longer rows are refused.
         width: width of the transformer.
         layers: number of blocks.
-        heads: attention heads.
+        heads: attention heads; 0 leaves self-attention out.
         hidden: width of the feed-forward layers.
+        window: tokens that a feed-forward layer reads, odd; 1 is the ordinary transformer.
+        pool: ``"max"`` or ``"mean"`` over the tokens.
         dropout: on the embeddings and on each block's outputs.
     """
 
@@ -166,11 +190,19 @@ class TinyTextEncoder(nn.Module):
         layers: int = 1,
         heads: int = 4,
         hidden: int = 128,
+        window: int = 3,
+        pool: str = "max",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if vocab_size < 2:
             raise ValueError(f"vocab_size: expected at least 2 (padding and one token), got {vocab_size}")
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"window: expected a positive odd int, got {window}")
+        if heads < 0 or (heads and width % heads):
+            raise ValueError(f"heads: expected 0 or a divisor of width {width}, got {heads}")
+        if pool not in ("max", "mean"):
+            raise ValueError(f"pool: expected 'max' or 'mean', got {pool!r}")
         self.config = {
             "vocab_size": vocab_size,
             "output_width": output_width,
@@ -179,18 +211,21 @@ class TinyTextEncoder(nn.Module):
             "layers": layers,
             "heads": heads,
             "hidden": hidden,
+            "window": window,
+            "pool": pool,
             "dropout": dropout,
         }
         self.output_width = output_width
         self.vocab_size = vocab_size
         self.max_length = max_length
+        self.pool = pool
         self.tokens = nn.Embedding(vocab_size, width, padding_idx=0)
         self.positions = nn.Parameter(torch.empty(max_length, width))
         nn.init.normal_(self.tokens.weight, std=0.02 * width**0.5)
         nn.init.normal_(self.positions, std=0.02)
         with torch.no_grad():
             self.tokens.weight[0].zero_()
-        self.blocks = nn.ModuleList(_TransformerBlock(width, heads, hidden, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(_WindowBlock(width, heads, hidden, window, dropout) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, output_width)
@@ -204,12 +239,15 @@ class TinyTextEncoder(nn.Module):
             used = (tokens != 0).any(0).nonzero()
             tokens = tokens[:, : max(1, int(used[-1]) + 1 if len(used) else 1)]
         mask = tokens != 0
-        # A row of nothing but padding attends to its first position instead of dividing by zero.
+        # A row of nothing but padding reads its first position instead of dividing by zero.
         mask = torch.cat([mask[:, :1] | ~mask.any(1, keepdim=True), mask[:, 1:]], 1)
         x = self.dropout(self.tokens(tokens) + self.positions[: tokens.shape[1]])
-        attention_mask = rearrange(mask, "b l -> b 1 1 l")
         for block in self.blocks:
-            x = block(x, attention_mask)
-        weight = mask.to(x.dtype)
-        pooled = torch.einsum("bld,bl->bd", self.norm(x), weight / weight.sum(1, keepdim=True))
+            x = block(x, mask)
+        x = self.norm(x)
+        if self.pool == "max":
+            pooled = x.masked_fill(~mask[..., None], torch.finfo(x.dtype).min).amax(1)
+        else:
+            weight = mask.to(x.dtype)
+            pooled = torch.einsum("bld,bl->bd", x, weight / weight.sum(1, keepdim=True))
         return self.projection(pooled)

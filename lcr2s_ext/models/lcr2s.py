@@ -23,21 +23,20 @@ TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 
 # ImageNet statistics, the ones most pretrained backbones expect; for the tiny encoders any fixed pair would do.
-_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "width": 128,
         "image_size": [64, 32],
-        **_IMAGENET,
         "image_encoder": {"type": "tiny_image"},
         "text_encoder": {"type": "tiny_text"},
     },
     "small": {
         "width": 256,
         "image_size": [128, 64],
-        **_IMAGENET,
-        "image_encoder": {"type": "tiny_image", "widths": [48, 64, 128, 192], "strides": [1, 2, 2]},
+        "image_encoder": {"type": "tiny_image", "widths": [32, 64, 96, 128], "strides": [1, 2, 2]},
         "text_encoder": {"type": "tiny_text", "width": 128, "layers": 2, "hidden": 256},
     },
 }
@@ -78,8 +77,8 @@ def preset_config(
         "preset": name,
         "width": d,
         "image_size": size,
-        "mean": list(preset["mean"]),
-        "std": list(preset["std"]),
+        "mean": list(IMAGE_MEAN),
+        "std": list(IMAGE_STD),
         "image_encoder": {**preset["image_encoder"], "output_width": d, **(image_encoder or {})},
         "text_encoder": {
             **preset["text_encoder"],
@@ -199,8 +198,8 @@ class LCR2S(nn.Module):
         """Unit feature vectors of images.
 
         Args:
-            images: a PIL image, a path, or a list of them; uint8 ``(3, H, W)`` or ``(B, 3, H, W)`` tensors; floats in 0..1
-                of these shapes. Any size; resized to ``image_size``.
+            images: a PIL image, a path, or a list of them; uint8 ``(3, H, W)`` or ``(B, 3, H, W)`` tensors; floats
+                in 0..1 of these shapes. Any size; resized to ``image_size``.
 
         Returns:
             ``(B, d)`` float32, L2-normalised; one image is a batch of one.
@@ -212,7 +211,8 @@ class LCR2S(nn.Module):
         """Unit feature vectors of sentences.
 
         Args:
-            captions: a sentence, a sequence of sentences (a tokenizer is attached), or int64 tokens ``(L,)`` or ``(B, L)``.
+            captions: a sentence, a sequence of sentences (a tokenizer is attached), or int64 tokens ``(L,)`` or
+                ``(B, L)``.
 
         Returns:
             ``(B, d)`` float32, L2-normalised; one sentence is a batch of one.
@@ -233,7 +233,9 @@ class LCR2S(nn.Module):
         return self.student(images, tokens)
 
     def save_pretrained(self, directory: str | Path) -> Path:
-        """Write ``config.json``, ``model.safetensors`` and, with a tokenizer, ``tokenizer.json``; returns the directory."""
+        """Write ``config.json``, ``model.safetensors`` and, with a tokenizer, ``tokenizer.json``; returns the
+        directory.
+        """
         from safetensors.torch import save_file
 
         directory = Path(directory)
@@ -252,7 +254,8 @@ class LCR2S(nn.Module):
 
         Raises:
             FileNotFoundError: where the directory, ``config.json`` or ``model.safetensors`` is missing.
-            ValueError: where a file is damaged, or weights and configuration disagree (the first differences are named).
+            ValueError: where a file is damaged, or weights and configuration disagree (the first differences are
+            named).
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -262,7 +265,9 @@ class LCR2S(nn.Module):
             raise FileNotFoundError(f"directory: no folder {directory}")
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (directory / name).is_file():
-                raise FileNotFoundError(f"directory: {directory} holds no {name}; it was not written by save_pretrained")
+                raise FileNotFoundError(
+                    f"directory: {directory} holds no {name}; it was not written by save_pretrained"
+                )
         try:
             config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -287,6 +292,12 @@ class LCR2S(nn.Module):
             tokenizer = _load_tokenizer(directory / TOKENIZER_FILE)
         model.tokenizer = tokenizer
         return model.eval()
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    from lcr2s_ext.models.tokenizer import SavedTokenizer
+
+    return SavedTokenizer(path)
 
 
 def _check_state(state: dict[str, Tensor], module: nn.Module, path: Path) -> None:

@@ -20,8 +20,8 @@ class SupportSetFusion(nn.Module):
         e_i = LayerNorm(f_i + W_o concat_h(sum_j a^h_j v^h_j))
 
     Source: LCR²S (Yan et al., ACM MM 2023, arXiv 2310.11210), multi-head attentional fusion. Choices the paper leaves
-    open and this library makes: ``num_heads = 8``, the LayerNorm in front (``input_norm``, without it encoder outputs of
-    large norm make the attention one-hot), the optional feed-forward block.
+    open and this library makes: ``num_heads = 8``, the LayerNorm in front (``input_norm``, without it encoder outputs
+    of large norm make the attention one-hot), the optional feed-forward block.
 
     Keys and values are linear in the pool of distinct rows, so each pool row is projected once and
     :func:`lcr2s_ext.ops.support_attention` gathers by index; sets are ragged, nothing is padded.
@@ -81,8 +81,8 @@ class SupportSetFusion(nn.Module):
         """Fused features of the anchors.
 
         Args:
-            pool: ``(M, d)`` encoder outputs, floating point; the first ``B`` rows are the anchors unless ``anchors`` says
-                otherwise.
+            pool: ``(M, d)`` encoder outputs, floating point; the first ``B`` rows are the anchors unless
+                ``anchors`` says otherwise.
             support: ``B`` sets over the ``M`` pool rows, each holding its anchor's own row (``include_self=True``);
                 ``None`` means that every anchor stands alone, the same as sets that hold nothing but the anchor.
             anchors: int64 ``(B,)`` pool rows of the anchors; ``None`` means ``0 .. B-1``.

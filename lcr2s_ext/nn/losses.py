@@ -1,6 +1,7 @@
 """Loss modules: thin, stateful wrappers around :mod:`lcr2s_ext.ops`.
 
-Alignment losses share one call, ``loss(image, text, image_ids, text_ids=None)``, so that a training script may exchange them.
+Alignment losses share one call, ``loss(image, text, image_ids, text_ids=None)``, so that a training script may
+exchange them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class _LogitScale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(initial), dtype=torch.float32)) if learnable else None
 
     def extra_repr(self) -> str:
-        return f"{self.fixed:g}" if self.log_scale is None else f"learnable, initial={self.fixed:g}, max={self.maximum:g}"
+        return (
+            f"{self.fixed:g}" if self.log_scale is None else f"learnable, initial={self.fixed:g}, max={self.maximum:g}"
+        )
 
     def forward(self) -> Tensor | float:
         return self.fixed if self.log_scale is None else self.log_scale.exp().clamp(max=self.maximum)
@@ -78,9 +81,7 @@ class InfoNCELoss(nn.Module):
         """Scalar loss of ``(B, d)`` and ``(N, d)`` features, normalised inside; without ids B = N and the diagonal."""
         if not self.many_to_many:
             image_ids = text_ids = None
-        return ops.info_nce_loss(
-            image, text, image_ids, text_ids, logit_scale=self.logit_scale(), backend=self.backend
-        )
+        return ops.info_nce_loss(image, text, image_ids, text_ids, logit_scale=self.logit_scale(), backend=self.backend)
 
 
 class SDMLoss(nn.Module):
@@ -134,9 +135,7 @@ class CMPMLoss(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None = None) -> Tensor:
         """Scalar loss of ``(B, d)`` and ``(N, d)`` features with identities ``(B,)``, ``(N,)``."""
-        return ops.cmpm_loss(
-            image, text, image_ids, text_ids, target=self.target, eps=self.eps, backend=self.backend
-        )
+        return ops.cmpm_loss(image, text, image_ids, text_ids, target=self.target, eps=self.eps, backend=self.backend)
 
 
 class TALLoss(nn.Module):
@@ -156,9 +155,7 @@ class TALLoss(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None = None) -> Tensor:
         """Scalar loss of ``(B, d)`` and ``(N, d)`` features with identities ``(B,)``, ``(N,)``."""
-        return ops.tal_loss(
-            image, text, image_ids, text_ids, margin=self.margin, tau=self.tau, backend=self.backend
-        )
+        return ops.tal_loss(image, text, image_ids, text_ids, margin=self.margin, tau=self.tau, backend=self.backend)
 
 
 ALIGNMENT_LOSSES: tuple[str, ...] = ("sdm", "info_nce", "cmpm", "tal")
@@ -167,7 +164,7 @@ ALIGNMENT_LOSSES: tuple[str, ...] = ("sdm", "info_nce", "cmpm", "tal")
 def make_alignment_loss(
     name: str, *, logit_scale: float = 50.0, learnable: bool = False, many_to_many: bool = True
 ) -> nn.Module:
-    """Alignment loss by name: ``"sdm"``, ``"info_nce"``, ``"cmpm"`` or ``"tal"`` (whose ``tau`` is ``1 / logit_scale``)."""
+    """Alignment loss by name: ``"sdm"``, ``"info_nce"``, ``"cmpm"`` or ``"tal"`` (its ``tau`` is ``1 / logit_scale``)."""
     builders: dict[str, Callable[[], nn.Module]] = {
         "sdm": lambda: SDMLoss(logit_scale, learnable=learnable),
         "info_nce": lambda: InfoNCELoss(logit_scale, learnable=learnable, many_to_many=many_to_many),
@@ -211,7 +208,7 @@ class RelationFrobeniusLoss(nn.Module):
 
 
 class RelationKLLoss(nn.Module):
-    """``KL(teacher || student)`` of the softmax relations (CLIP-KD's contrastive relational distillation), both directions.
+    """``KL(teacher || student)`` of softmax relations in both directions (CLIP-KD's contrastive relational distillation).
 
     Args:
         student_scale: ``1 / tau_s``.
@@ -219,9 +216,7 @@ class RelationKLLoss(nn.Module):
         backend: passed to the operator.
     """
 
-    def __init__(
-        self, *, student_scale: float = 50.0, teacher_scale: float = 50.0, backend: str | None = None
-    ) -> None:
+    def __init__(self, *, student_scale: float = 50.0, teacher_scale: float = 50.0, backend: str | None = None) -> None:
         super().__init__()
         for name, scale in (("student_scale", student_scale), ("teacher_scale", teacher_scale)):
             if not scale > 0.0 or not math.isfinite(scale):
@@ -246,19 +241,19 @@ class RelationKLLoss(nn.Module):
 
 
 class FeatureDistillationLoss(nn.Module):
-    """Intra-modal feature distillation: squared distance of each student feature to the teacher's, both modalities added.
+    """Intra-modal feature distillation: squared distance of student to teacher features, both modalities added.
 
-    LCR²S: ``L_feat = (1/B) sum_i (|v_i - e^v_i|^2 + |t_i - e^t_i|^2)``. The normalisation before it, the linear map and the
-    reductions other than ``"row"`` are open in the paper and options here. No gradient reaches the teacher.
+    LCR²S: ``L_feat = (1/B) sum_i (|v_i - e^v_i|^2 + |t_i - e^t_i|^2)``. The normalisation before it, the linear
+    map and the reductions other than ``"row"`` are open in the paper and options here. No gradient reaches the teacher.
 
     Args:
         student_width: ``d_s``.
         teacher_width: ``d_t``.
         normalize: L2-normalise both sides first, so that norms need not agree.
-        reduction: ``"row"`` sums over the width and averages over rows (the formula above), ``"sum"`` sums over everything,
-            ``"mean"`` averages over rows and width.
-        projection: map student features to the teacher's width by a trained linear map, one per modality; ``None`` does so
-            exactly where the widths differ.
+        reduction: ``"row"`` sums over the width and averages over rows (the formula above), ``"sum"`` sums over
+            everything, ``"mean"`` averages over rows and width.
+        projection: map student features to the teacher's width by a trained linear map, one per modality; ``None``
+            does so exactly where the widths differ.
     """
 
     def __init__(

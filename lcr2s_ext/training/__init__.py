@@ -1,0 +1,69 @@
+"""Training on Lightning: configuration, the stages, whole runs, the demo. Names are imported when they are asked
+for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lcr2s_ext.training.config import ConfigError, TrainConfig, dump_config, load_config, to_dict
+    from lcr2s_ext.training.run import (
+        StageResult,
+        TrainingData,
+        TrainResult,
+        evaluate_student,
+        evaluate_teacher,
+        fit_one_stage,
+        fit_student,
+        fit_teacher,
+        make_loader,
+        prepare_data,
+        train,
+    )
+    from lcr2s_ext.training.stages import TrainingError
+
+_HOMES = {
+    "ConfigError": "config",
+    "StageResult": "run",
+    "TrainConfig": "config",
+    "TrainResult": "run",
+    "TrainingData": "run",
+    "TrainingError": "stages",
+    "dump_config": "config",
+    "evaluate_student": "run",
+    "evaluate_teacher": "run",
+    "fit_one_stage": "run",
+    "fit_student": "run",
+    "fit_teacher": "run",
+    "load_config": "config",
+    "make_loader": "run",
+    "prepare_data": "run",
+    "to_dict": "config",
+    "train": "run",
+}
+
+__all__ = [
+    "ConfigError",
+    "StageResult",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingData",
+    "TrainingError",
+    "dump_config",
+    "evaluate_student",
+    "evaluate_teacher",
+    "fit_one_stage",
+    "fit_student",
+    "fit_teacher",
+    "load_config",
+    "make_loader",
+    "prepare_data",
+    "to_dict",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"lcr2s_ext.training.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'lcr2s_ext.training' has no attribute {name!r}")

@@ -1,0 +1,379 @@
+"""The configuration of a training run: dataclasses, YAML files and ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "DistillConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+    "to_dict",
+]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key."""
+
+
+@dataclass
+class DataConfig:
+    """What is trained on and how batches are made."""
+
+    dataset: str = "cuhk-pedes"
+    root: str = ""
+    """Folder that holds the dataset's own folder (``CUHK-PEDES/``)."""
+    sampler: str = "random"
+    """``random`` over captions, or ``identity``: P identities x K instances."""
+    batch_size: int | None = None
+    """Captions in a random batch; unset takes 64, or the whole train split where that is smaller."""
+    identities: int = 16
+    """P of the identity sampler."""
+    instances: int = 4
+    """K of the identity sampler."""
+    support: str = "drawn"
+    """Where a teacher's support rows come from: ``drawn`` (encoded besides the batch), ``batch`` (other rows of
+    the batch, at no extra encoder cost) or ``none``."""
+    max_support: int = 4
+    """Largest support set, the row itself not counted."""
+    vocab_size: int = 4000
+    max_length: int = 64
+    pad: int = 3
+    """Pixels of padding before the random crop; 0 for none."""
+    flip: float = 0.5
+    erasing: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    workers: int = 0
+    """Processes that make batches; 0 makes them in the training process, best where images fit into memory."""
+    cache: bool = True
+    """Keep decoded images (uint8, at the model's size) in memory."""
+
+
+@dataclass
+class ModelConfig:
+    """The encoders (teacher's and student's alike) and the teacher's fusion."""
+
+    preset: str = "tiny"
+    width: int | None = None
+    image_size: list[int] | None = None
+    image_encoder: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    heads: int = 8
+    feed_forward: int | None = None
+    fusion_dropout: float = 0.0
+    fusion_input_norm: bool = True
+
+
+@dataclass
+class LossConfig:
+    """Alignment and identity losses, the same for teacher and student."""
+
+    align: str = "sdm"
+    logit_scale: float = 1.0 / 0.07
+    learn_logit_scale: bool = False
+    many_to_many: bool = True
+    """False takes each row's own caption as its only positive (``info_nce`` only)."""
+    align_weight: float = 1.0
+    identity_weight: float = 1.0
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class TeacherConfig:
+    """How the teacher is trained."""
+
+    start: str = "warm"
+    """``scratch``; ``auxiliary`` (the same losses on the single features as well); ``warm`` (encoders start from a
+    plain student trained for ``warm_epochs``); ``frozen`` (as ``warm``, and only the fusion is trained)."""
+    epochs: int = 20
+    warm_epochs: int = 30
+    auxiliary_weight: float = 1.0
+
+
+@dataclass
+class DistillConfig:
+    """The student's losses against the teacher."""
+
+    feature_weight: float = 5.0
+    feature_reduction: str = "row"
+    feature_normalize: bool = True
+    relation: str = "frobenius"
+    """``frobenius``, ``kl`` or ``none``."""
+    relation_weight: float = 100.0
+    relation_reduction: str = "mean"
+    student_scale: float = 1.0 / 0.07
+    teacher_scale: float = 1.0 / 0.07
+    intra_weight: float = 0.0
+    """Weight of the same relation loss within each modality (image-image and text-text)."""
+    ramp_epochs: int = 0
+    """Epochs over which the distillation weights rise linearly from 0; one-stage training needs some."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with a linear warm-up and a cosine to zero."""
+
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_epochs: float = 1.0
+    schedule: str = "cosine"
+    """``cosine`` or ``constant``."""
+    grad_clip: float = 0.0
+    """Largest gradient norm; 0 for none."""
+
+
+@dataclass
+class TrainConfig:
+    """One training run. ``method``: ``lcr2s`` (teacher, then student), ``one_stage`` (both together) or ``plain``
+    (no teacher).
+    """
+
+    method: str = "lcr2s"
+    epochs: int = 30
+    """Epochs of the student (of the one stage, of the plain dual encoder)."""
+    seed: int = 0
+    out: str = ""
+    eval_every: int = 5
+    """Epochs between evaluations on val; the last epoch is always evaluated."""
+    eval_batch: int = 256
+    log_every: int = 10
+    loggers: list[str] = field(default_factory=lambda: ["csv", "tensorboard"])
+    progress: str = "auto"
+    """``rich``, ``tqdm``, ``none``, or ``auto``: rich on a terminal, none elsewhere."""
+    device: str = "auto"
+    precision: str = "32-true"
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """ConfigError naming the first key whose value is out of range."""
+        choices = {
+            "method": (self.method, ("lcr2s", "one_stage", "plain")),
+            "progress": (self.progress, ("auto", "rich", "tqdm", "none")),
+            "data.sampler": (self.data.sampler, ("random", "identity")),
+            "data.support": (self.data.support, ("drawn", "batch", "none")),
+            "loss.align": (self.loss.align, ("sdm", "info_nce", "cmpm", "tal")),
+            "teacher.start": (self.teacher.start, ("scratch", "auxiliary", "warm", "frozen")),
+            "distill.feature_reduction": (self.distill.feature_reduction, ("row", "sum", "mean")),
+            "distill.relation": (self.distill.relation, ("frobenius", "kl", "none")),
+            "distill.relation_reduction": (self.distill.relation_reduction, ("mean", "row", "sum")),
+            "optim.schedule": (self.optim.schedule, ("cosine", "constant")),
+        }
+        for key, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {value!r}{_near(value, allowed)}")
+        for logger in self.loggers:
+            if logger not in ("csv", "tensorboard"):
+                raise ConfigError(f"loggers: expected csv or tensorboard, got {logger!r}")
+        at_least_one = {
+            "epochs": self.epochs,
+            "eval_every": self.eval_every,
+            "eval_batch": self.eval_batch,
+            "log_every": self.log_every,
+            "data.batch_size": 1 if self.data.batch_size is None else self.data.batch_size,
+            "data.identities": self.data.identities,
+            "data.instances": self.data.instances,
+            "data.vocab_size": self.data.vocab_size,
+            "data.max_length": self.data.max_length,
+            "teacher.epochs": self.teacher.epochs,
+            "teacher.warm_epochs": self.teacher.warm_epochs,
+            "model.heads": self.model.heads,
+        }
+        not_negative = {
+            "seed": self.seed,
+            "threads": self.threads,
+            "data.max_support": self.data.max_support,
+            "data.pad": self.data.pad,
+            "data.workers": self.data.workers,
+            "loss.align_weight": self.loss.align_weight,
+            "loss.identity_weight": self.loss.identity_weight,
+            "loss.label_smoothing": self.loss.label_smoothing,
+            "teacher.auxiliary_weight": self.teacher.auxiliary_weight,
+            "distill.feature_weight": self.distill.feature_weight,
+            "distill.relation_weight": self.distill.relation_weight,
+            "distill.intra_weight": self.distill.intra_weight,
+            "distill.ramp_epochs": self.distill.ramp_epochs,
+            "optim.weight_decay": self.optim.weight_decay,
+            "optim.warmup_epochs": self.optim.warmup_epochs,
+            "optim.grad_clip": self.optim.grad_clip,
+        }
+        positive = {
+            "loss.logit_scale": self.loss.logit_scale,
+            "distill.student_scale": self.distill.student_scale,
+            "distill.teacher_scale": self.distill.teacher_scale,
+            "optim.lr": self.optim.lr,
+        }
+        for limits, low, words in ((at_least_one, 1, "at least 1"), (not_negative, 0, "at least 0")):
+            for key, number in limits.items():
+                if number < low:
+                    raise ConfigError(f"{key}: expected {words}, got {number}")
+        for key, number in positive.items():
+            if not number > 0:
+                raise ConfigError(f"{key}: expected a positive number, got {number}")
+        probabilities = {
+            "data.flip": self.data.flip,
+            "data.erasing": self.data.erasing,
+            "data.brightness": self.data.brightness,
+            "data.contrast": self.data.contrast,
+        }
+        for key, number in probabilities.items():
+            if not 0 <= number <= 1:
+                raise ConfigError(f"{key}: expected a number in [0, 1], got {number}")
+        if not self.loss.many_to_many and self.loss.align != "info_nce":
+            raise ConfigError(f"loss.many_to_many: false needs loss.align=info_nce, got {self.loss.align}")
+        if self.loss.learn_logit_scale and self.loss.align not in ("sdm", "info_nce"):
+            raise ConfigError(f"loss.learn_logit_scale: {self.loss.align} has no logit scale to learn")
+
+
+_Dataclass = TypeVar("_Dataclass")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Nested plain dictionary of a configuration."""
+    return dataclasses.asdict(config)
+
+
+def dump_config(config: TrainConfig, path: str | Path) -> None:
+    """Write the whole configuration, defaults included, as YAML."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Iterable[str] = (), *, base: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """Configuration from a YAML file and ``key=value`` strings, the later ones winning.
+
+    Args:
+        path: YAML file of nested keys; ``None`` starts from the defaults.
+        overrides: ``section.key=value`` strings; the value is read as YAML.
+        base: nested dictionary applied before the overrides and after the file.
+
+    Raises:
+        ConfigError: unknown key (near matches are named), wrong kind of value, or a value out of range.
+        FileNotFoundError: where ``path`` does not exist.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"config: no file {file}")
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{file}: expected a mapping of keys, got {type(loaded).__name__}")
+        values = loaded or {}
+    if base is not None:
+        values = _merge(values, base)
+    for text in overrides:
+        key, separator, raw = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {text!r}: expected key=value")
+        try:
+            value = yaml.safe_load(raw)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {raw!r} is not a valid value") from error
+        nested: Any = value
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        values = _merge(values, nested)
+    return _build(TrainConfig, values, "")
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            keys += _all_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _near(value: object, allowed: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(value), list(allowed), n=3)
+    return f"; did you mean {', '.join(matches)}?" if matches else ""
+
+
+def _build(cls: type[_Dataclass], values: Mapping[str, Any], prefix: str) -> _Dataclass:
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            keys = _all_keys(TrainConfig)
+            near = [k for k in keys if k.rpartition(".")[2] == str(name)]
+            near += [k for k in difflib.get_close_matches(key, keys, n=3) if k not in near]
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ConfigError(f"unknown key {key!r}{hint}")
+        hint_type = hints[name]
+        if dataclasses.is_dataclass(hint_type):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{key}: expected a mapping of keys, got {value!r}")
+            arguments[name] = _build(typing.cast(type, hint_type), value, f"{key}.")
+        else:
+            arguments[name] = _convert(value, hint_type, key)
+    return cls(**arguments)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None:
+            return None
+        hint = next(option for option in options if option is not type(None))
+    origin = typing.get_origin(hint) or hint
+    if origin is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        # YAML 1.1 reads 2e-3 (no dot) as a string.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if origin is list and isinstance(value, (list, tuple)):
+        inner = typing.get_args(hint)[0]
+        return [_convert(item, inner, key) for item in value]
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    kind = bool if origin is bool else origin
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

@@ -1,0 +1,396 @@
+"""The stages of training as Lightning modules: a plain or distilled student, a teacher, and both at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lcr2s_ext.data import PersonBatch
+from lcr2s_ext.models import DualEncoder, Student, Teacher
+from lcr2s_ext.nn import (
+    FeatureDistillationLoss,
+    IdentityLoss,
+    RelationFrobeniusLoss,
+    RelationKLLoss,
+    make_alignment_loss,
+)
+from lcr2s_ext.retrieval import Retrieval
+from lcr2s_ext.training.config import DistillConfig, LossConfig, TrainConfig
+
+__all__ = [
+    "DistillationLoss",
+    "OneStage",
+    "Stage",
+    "StudentStage",
+    "TaskLoss",
+    "TeacherStage",
+    "TrainingError",
+    "freeze",
+    "step_seed",
+]
+
+_MASK = (1 << 64) - 1
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the message says where and why."""
+
+
+def step_seed(seed: int, epoch: int, step: int, purpose: int = 0) -> int:
+    """63-bit seed of one step (splitmix64 over the four numbers), so that a resumed run draws what it would have
+    drawn.
+    """
+    state = 0
+    for number in (seed, epoch, step, purpose):
+        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Eval mode and no gradients, in place."""
+    return module.eval().requires_grad_(False)
+
+
+class TaskLoss(nn.Module):
+    """``align_weight * align(image, text, p) + identity_weight * id`` of one pair of feature batches."""
+
+    def __init__(self, config: LossConfig, width: int, num_identities: int) -> None:
+        super().__init__()
+        self.align = make_alignment_loss(
+            config.align,
+            logit_scale=config.logit_scale,
+            learnable=config.learn_logit_scale,
+            many_to_many=config.many_to_many,
+        )
+        self.identity = (
+            IdentityLoss(width, num_identities, label_smoothing=config.label_smoothing)
+            if config.identity_weight
+            else None
+        )
+        self.align_weight = config.align_weight
+        self.identity_weight = config.identity_weight
+
+    def forward(self, image: Tensor, text: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Weighted terms of ``(B, d)`` features and ``(B,)`` labels."""
+        terms = {"align": self.align_weight * self.align(image, text, labels)}
+        if self.identity is not None:
+            terms["identity"] = self.identity_weight * self.identity(image, text, labels)
+        return terms
+
+
+class DistillationLoss(nn.Module):
+    """``w_f L_feat + w_r L_rel`` (and the intra-modal relations, where weighted) of student against teacher
+    features.
+    """
+
+    def __init__(self, config: DistillConfig, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.features = (
+            FeatureDistillationLoss(
+                student_width,
+                teacher_width,
+                normalize=config.feature_normalize,
+                reduction=config.feature_reduction,
+            )
+            if config.feature_weight
+            else None
+        )
+        relation: nn.Module | None = None
+        if config.relation == "frobenius":
+            relation = RelationFrobeniusLoss(reduction=config.relation_reduction)
+        elif config.relation == "kl":
+            relation = RelationKLLoss(student_scale=config.student_scale, teacher_scale=config.teacher_scale)
+        self.relation = relation
+
+    def forward(
+        self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], ramp: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Weighted terms; ``ramp`` in 0..1 multiplies them."""
+        config, terms = self.config, {}
+        if self.features is not None:
+            terms["feature"] = ramp * config.feature_weight * self.features(*student, *teacher)
+        if self.relation is not None and config.relation_weight:
+            terms["relation"] = ramp * config.relation_weight * self.relation(*student, *teacher)
+        if self.relation is not None and config.intra_weight:
+            within = [self.relation(s, s, t, t) for s, t in zip(student, teacher, strict=True)]
+            terms["intra"] = ramp * config.intra_weight * (within[0] + within[1])
+        return terms
+
+
+class Stage(pl.LightningModule):
+    """What all stages share: optimiser, per-step seeds, the check for NaN, evaluation and the best weights.
+
+    Args:
+        config: of the run.
+        name: of the stage, for messages and logs.
+        model: what is trained and what is kept.
+        augment: ``(uint8 pool, seed)`` to normalised floats.
+        epochs: of this stage.
+        steps_per_epoch: batches of an epoch, for the schedule.
+        evaluate: makes val metrics of the stage's model; ``None`` where there is no val split.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        name: str,
+        model: nn.Module,
+        augment: Callable[[Tensor, int], Tensor],
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        evaluate: Callable[[], Retrieval] | None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.stage_name = name
+        self.model = model
+        self.epochs = epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self.best_state: dict[str, Tensor] | None = None
+        self.latest: dict[str, Tensor] = {}
+        # Kept out of the module tree: nothing of these belongs to the parameters, the optimiser or the checkpoint.
+        self.__dict__["_augment"] = augment
+        self.__dict__["_evaluate"] = evaluate
+        self.__dict__["_teacher"] = None
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen teacher, if any: not a submodule, so neither trained nor saved."""
+        return self.__dict__["_teacher"]
+
+    def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
+        """Weighted loss terms of a batch whose pool was augmented to ``images``."""
+        raise NotImplementedError
+
+    def training_step(self, batch: PersonBatch, batch_idx: int) -> Tensor:
+        seed = self.config.seed
+        torch.manual_seed(step_seed(seed, batch.epoch, batch.step, 1))
+        images = self.__dict__["_augment"](batch.images, step_seed(seed, batch.epoch, batch.step, 2))
+        terms = self.losses(images, batch)
+        loss = torch.stack(list(terms.values())).sum()
+        self.latest = {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+        # Reading the loss costs a GPU a synchronisation, a CPU nothing.
+        if (loss.device.type == "cpu" or self.global_step % self.config.log_every == 0) and not bool(loss.isfinite()):
+            values = ", ".join(f"{key} {float(value):.4g}" for key, value in self.latest.items())
+            raise TrainingError(
+                f"the loss is not finite in stage {self.stage_name}, epoch {batch.epoch}, "
+                f"step {batch.step} ({values}); "
+                "lower optim.lr, set optim.grad_clip, or look at the batch's images"
+            )
+        return loss
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_train_epoch_end(self) -> None:
+        epoch = self.current_epoch + 1
+        if self.__dict__["_evaluate"] is None or (epoch % self.config.eval_every and epoch != self.epochs):
+            return
+        metrics: Retrieval = self.__dict__["_evaluate"]()
+        self.history.append({"epoch": epoch, "step": self.global_step, "val": metrics})
+        score = metrics["text_to_image"]["R@1"]
+        if self.best is None or score > self.best["R@1"]:
+            self.best = {"R@1": score, "epoch": epoch, "val": metrics}
+            self.best_state = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+        for logger in self.loggers:
+            logger.log_metrics(
+                {
+                    f"val/{direction}/{key}": value
+                    for direction, values in metrics.items()
+                    for key, value in values.items()
+                },
+                step=self.global_step,
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.loggers and self.global_step % self.config.log_every == 0:
+            metrics = {f"train/{key}": float(value) for key, value in self.latest.items()}
+            metrics["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+            for logger in self.loggers:
+                logger.log_metrics(metrics, step=self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lcr2s"] = {
+            "stage": self.stage_name,
+            "history": self.history,
+            "best": self.best,
+            "best_state": self.best_state,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("lcr2s")
+        if saved is None or saved["stage"] != self.stage_name:
+            found = None if saved is None else saved["stage"]
+            raise TrainingError(f"checkpoint: expected one of stage {self.stage_name!r}, got {found!r}")
+        self.history, self.best, self.best_state = saved["history"], saved["best"], saved["best_state"]
+
+    def configure_optimizers(self) -> Any:
+        optim = self.config.optim
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": optim.weight_decay},
+            # Biases, norms and scales: decay would pull them towards a value that means nothing.
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, fused=True)
+        total = max(1, self.epochs * self.steps_per_epoch)
+        warm = min(round(optim.warmup_epochs * self.steps_per_epoch), max(0, total - 1))
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / (warm + 1)
+            if optim.schedule == "constant":
+                return 1.0
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warm) / (total - warm))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class StudentStage(Stage):
+    """A dual encoder on single inputs; with a teacher, the distillation terms as well.
+
+    The teacher is frozen, sees the same augmented anchors, and may be a :class:`Teacher` or, for controls, any plain
+    :class:`DualEncoder`.
+    """
+
+    model: Student
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        name: str,
+        model: Student,
+        augment: Callable[[Tensor, int], Tensor],
+        *,
+        num_identities: int,
+        teacher: Teacher | DualEncoder | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, name, model, augment, **options)
+        self.task = TaskLoss(config.loss, model.output_width, num_identities)
+        self.distillation: DistillationLoss | None = None
+        if teacher is not None:
+            self.__dict__["_teacher"] = freeze(teacher)
+            self.distillation = DistillationLoss(config.distill, model.output_width, teacher.output_width)
+
+    def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
+        rows = len(batch.labels)
+        student = self.model(images[:rows], batch.tokens[:rows])
+        terms = self.task(*student, batch.labels)
+        if self.teacher is not None and self.distillation is not None:
+            ramp = _ramp(self.config.distill.ramp_epochs, batch.epoch, batch.step, self.steps_per_epoch)
+            terms |= self.distillation(student, self._targets(images, batch, rows), ramp)
+        return terms
+
+    @torch.no_grad()
+    def _targets(self, images: Tensor, batch: PersonBatch, rows: int) -> tuple[Tensor, Tensor]:
+        if isinstance(self.teacher, Teacher):
+            made = self.teacher(images, batch.tokens, batch.image_support, batch.text_support)
+            return made.image, made.text
+        plain: Any = self.teacher
+        return plain(images[:rows], batch.tokens[:rows])
+
+
+class TeacherStage(Stage):
+    """Encoders and fusion, losses on the fused features; on the single features too where ``auxiliary_weight`` is
+    given.
+
+    With ``train_encoders=False`` the encoders stay frozen and only the fusion learns.
+    """
+
+    model: Teacher
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        name: str,
+        model: Teacher,
+        augment: Callable[[Tensor, int], Tensor],
+        *,
+        num_identities: int,
+        auxiliary_weight: float = 0.0,
+        train_encoders: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, name, model, augment, **options)
+        self.task = TaskLoss(config.loss, model.output_width, num_identities)
+        self.auxiliary = TaskLoss(config.loss, model.output_width, num_identities) if auxiliary_weight else None
+        self.auxiliary_weight = auxiliary_weight
+        self.train_encoders = train_encoders
+        if not train_encoders:
+            freeze(model.encoders)
+
+    def train(self, mode: bool = True) -> TeacherStage:
+        super().train(mode)
+        if not self.train_encoders:
+            self.model.encoders.eval()
+        return self
+
+    def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
+        made = self.model(images, batch.tokens, batch.image_support, batch.text_support)
+        terms = self.task(made.image, made.text, batch.labels)
+        if self.auxiliary is not None:
+            single = self.auxiliary(made.single_image, made.single_text, batch.labels)
+            terms |= {f"single_{key}": self.auxiliary_weight * value for key, value in single.items()}
+        return terms
+
+
+class OneStage(Stage):
+    """Teacher and student trained together; the teacher's features are detached for the student's losses."""
+
+    model: Student
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        name: str,
+        model: Student,
+        augment: Callable[[Tensor, int], Tensor],
+        *,
+        num_identities: int,
+        teacher: Teacher,
+        auxiliary_weight: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, name, model, augment, **options)
+        # A submodule here, for it is trained; `model`, the only thing that leaves the stage, is the student alone.
+        self.joint_teacher = teacher
+        self.task = TaskLoss(config.loss, model.output_width, num_identities)
+        self.teacher_task = TaskLoss(config.loss, teacher.output_width, num_identities)
+        self.auxiliary = TaskLoss(config.loss, teacher.output_width, num_identities) if auxiliary_weight else None
+        self.auxiliary_weight = auxiliary_weight
+        self.distillation = DistillationLoss(config.distill, model.output_width, teacher.output_width)
+
+    def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
+        rows = len(batch.labels)
+        made = self.joint_teacher(images, batch.tokens, batch.image_support, batch.text_support)
+        student = self.model(images[:rows], batch.tokens[:rows])
+        ramp = _ramp(self.config.distill.ramp_epochs, batch.epoch, batch.step, self.steps_per_epoch)
+        terms = self.task(*student, batch.labels)
+        terms |= self.distillation(student, (made.image.detach(), made.text.detach()), ramp)
+        fused = self.teacher_task(made.image, made.text, batch.labels)
+        terms |= {f"teacher_{key}": value for key, value in fused.items()}
+        if self.auxiliary is not None:
+            single = self.auxiliary(made.single_image, made.single_text, batch.labels)
+            terms |= {f"single_{key}": self.auxiliary_weight * value for key, value in single.items()}
+        return terms
+
+
+def _ramp(epochs: int, epoch: int, step: int, steps_per_epoch: int) -> float:
+    if not epochs:
+        return 1.0
+    return min(1.0, (epoch * steps_per_epoch + step + 1) / (epochs * steps_per_epoch))
