@@ -6,7 +6,7 @@ The compiled kernels stream the matrix through a bounded workspace: memory is O(
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks
+from lcr2s_ext.ops import _backend, _checks, _library, _registration, _workspace
 from lcr2s_ext.reference import similarity as reference
 
 
@@ -88,8 +88,11 @@ def info_nce_loss(
     else:
         image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     scale = _checks.check_scale("logit_scale", logit_scale, image.device, _statistics(image, text))
-    _backend.resolve("info_nce", backend, image.device)
-    return reference.info_nce_loss(image, text, image_ids, text_ids, scale)
+    if _backend.resolve("info_nce", backend, image.device) == "reference":
+        return reference.info_nce_loss(image, text, image_ids, text_ids, scale)
+    needs = _registration.needs_grad(image, text, scale)
+    workspace = _workspace.workspace_bytes()
+    return torch.ops.lcr2s.info_nce(image, text, image_ids, text_ids, scale, workspace, *needs)[0]
 
 
 def sdm_loss(
@@ -133,8 +136,11 @@ def sdm_loss(
     image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     scale = _checks.check_scale("logit_scale", logit_scale, image.device, _statistics(image, text))
     eps = _checks.check_positive("eps", eps)
-    _backend.resolve("sdm", backend, image.device)
-    return reference.sdm_loss(image, text, image_ids, text_ids, scale, eps)
+    if _backend.resolve("sdm", backend, image.device) == "reference":
+        return reference.sdm_loss(image, text, image_ids, text_ids, scale, eps)
+    needs = _registration.needs_grad(image, text, scale)
+    workspace = _workspace.workspace_bytes()
+    return torch.ops.lcr2s.sdm(image, text, image_ids, text_ids, scale, eps, workspace, *needs)[0]
 
 
 def cmpm_loss(
@@ -176,8 +182,11 @@ def cmpm_loss(
     image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     target = _checks.check_choice("target", target, ("l2", "sum"))
     eps = _checks.check_positive("eps", eps)
-    _backend.resolve("cmpm", backend, image.device)
-    return reference.cmpm_loss(image, text, image_ids, text_ids, target, eps)
+    if _backend.resolve("cmpm", backend, image.device) == "reference":
+        return reference.cmpm_loss(image, text, image_ids, text_ids, target, eps)
+    needs = _registration.needs_grad(image, text)
+    workspace = _workspace.workspace_bytes()
+    return torch.ops.lcr2s.cmpm(image, text, image_ids, text_ids, target == "l2", eps, workspace, *needs)[0]
 
 
 def tal_loss(
@@ -220,5 +229,89 @@ def tal_loss(
     image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     margin = _check_finite("margin", margin)
     tau = _checks.check_positive("tau", tau)
-    _backend.resolve("tal", backend, image.device)
-    return reference.tal_loss(image, text, image_ids, text_ids, margin, tau)
+    if _backend.resolve("tal", backend, image.device) == "reference":
+        return reference.tal_loss(image, text, image_ids, text_ids, margin, tau)
+    needs = _registration.needs_grad(image, text)
+    workspace = _workspace.workspace_bytes()
+    return torch.ops.lcr2s.tal(image, text, image_ids, text_ids, margin, tau, workspace, *needs)[0]
+
+
+def _gradient(like: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
+    return like.new_empty(like.shape if needed else (0,), dtype=dtype)
+
+
+def _fake_loss(image: Tensor, text: Tensor, need_image: bool, need_text: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _statistics(image, text)
+    loss = image.new_empty((), dtype=dtype)
+    return loss, _gradient(image, dtype, need_image), _gradient(text, dtype, need_text)
+
+
+def _fake_info_nce(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    logit_scale: Tensor,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, of_image, of_text = _fake_loss(image, text, need_image, need_text)
+    return loss, of_image, of_text, _gradient(logit_scale, loss.dtype, need_scale)
+
+
+def _fake_sdm(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    logit_scale: Tensor,
+    eps: float,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, of_image, of_text = _fake_loss(image, text, need_image, need_text)
+    return loss, of_image, of_text, _gradient(logit_scale, loss.dtype, need_scale)
+
+
+def _fake_cmpm(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    l2_target: bool,
+    eps: float,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_loss(image, text, need_image, need_text)
+
+
+def _fake_tal(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    margin: float,
+    tau: float,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_loss(image, text, need_image, need_text)
+
+
+# No autocast rule: the kernels take every dtype as it is and keep their statistics in float32.
+if _library.compiled():
+    torch.library.register_fake("lcr2s::info_nce", _fake_info_nce)
+    torch.library.register_fake("lcr2s::sdm", _fake_sdm)
+    torch.library.register_fake("lcr2s::cmpm", _fake_cmpm)
+    torch.library.register_fake("lcr2s::tal", _fake_tal)
+    _registration.register_scalar_loss("info_nce", (0, 1, 4))
+    _registration.register_scalar_loss("sdm", (0, 1, 4))
+    _registration.register_scalar_loss("cmpm", (0, 1))
+    _registration.register_scalar_loss("tal", (0, 1))

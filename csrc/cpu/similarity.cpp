@@ -1,0 +1,649 @@
+#include "similarity.h"
+
+#include "gemm.h"
+#include "unit_rows.h"
+
+// One engine for the losses over a cosine matrix that is never formed. Row logits are x_ij = a_i c_ij, column logits
+// y_ij = b_j c_ij. Pass 1 streams tiles of cosines and keeps, for every row and every column, a few sums of its
+// softmax; these give the loss and a few coefficients of dL/dx and dL/dy. Pass 2 takes the tiles again (kept, where all
+// fit the budget, or formed anew), turns each into G = dL/dc and adds G T^ and G' V^ to the gradients of the unit rows.
+// A loss is a policy: which sums, and what they mean.
+namespace lcr2s::cpu::LCR2S_ISA {
+
+namespace {
+
+constexpr int64_t kTileRows = kMc;
+constexpr int64_t kTileColumns = 256;
+// Block of pass 2: large enough that adding to the gradients costs little beside the products, small enough for a
+// cache.
+constexpr int64_t kBlockRows = 16 * kTileRows;
+constexpr int64_t kBlockColumns = 8 * kTileColumns;
+// Rows or columns that one task merges or finishes.
+constexpr int64_t kChunk = 256;
+// Arrays over rows and columns are padded to whole vectors of any width.
+constexpr int64_t kPadding = 64;
+
+LCR2S_INLINE int64_t padded(int64_t n) { return ceil_div(n, kPadding) * kPadding; }
+LCR2S_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Integers as wide as the lanes of T, so that a comparison of labels selects lanes.
+template <class T>
+struct LabelOf {
+  using type = int32_t;
+};
+template <>
+struct LabelOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Label = typename LabelOf<T>::type;
+
+template <class T>
+LCR2S_INLINE Mask<T> load_labels(const Label<T>* p) {
+  Mask<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// Below every logit, and finite: differences of two of them are not NaN.
+template <class T>
+constexpr T kLowest = T{-1e30f};
+
+// x where it is greater; NaN in x does not count, its exponential will show it.
+template <class T>
+LCR2S_INLINE Vec<T> greater(Vec<T> x, Vec<T> than) {
+  return x > than ? x : than;
+}
+
+template <class T>
+LCR2S_INLINE T max_lanes(Vec<T> v) {
+  T best = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+struct Direction {
+  // Rows of this direction and entries of each row.
+  int64_t rows;
+  int64_t entries;
+  // Rows with a positive.
+  int64_t valid;
+};
+
+// A policy has
+//   kMaxima            running maxima; with two, the first is over positives and the second over negatives
+//   kSums              sums of exponentials below those maxima
+//   kUniform           a_i = b_j for all rows and columns: pass 2 leaves this factor out, `factor` puts it back
+//   add                one vector of logits into the sums; `below` is the logit less its maximum
+//   rescale            sums when the maxima fall by `shift`, whose exponential is `by`
+//   finish             loss of one row and its coefficients, from the maxima followed by the sums
+//   gradient           dL/dlogit from the coefficients
+// all of it the same for rows and columns.
+
+template <class T>
+struct InfoNce {
+  static constexpr int kMaxima = 1, kSums = 2, kCoefficients = 3;
+  static constexpr bool kUniform = true;
+
+  // sum e^(x - m), sum of x over positives
+  LCR2S_INLINE static void add(Vec<T> x, Vec<T> below, Mask<T> positive, Vec<T>* sums) {
+    sums[0] += exp(below);
+    sums[1] += positive ? x : Vec<T>{};
+  }
+  LCR2S_INLINE static void rescale(Vec<T>* sums, const Vec<T>*, const Vec<T>* by) { sums[0] *= by[0]; }
+
+  static double finish(const SimilarityArgs&, const Direction& direction, int64_t positives, const T* state, T* out) {
+    const double weight = positives > 0 ? 0.5 / static_cast<double>(direction.valid) : 0.0;
+    const double count = positives > 0 ? static_cast<double>(positives) : 1.0;
+    const double total = state[1];
+    out[0] = state[0];
+    out[1] = static_cast<T>(weight / total);
+    out[2] = static_cast<T>(weight / count);
+    // A row that is left out has weight 0, which keeps NaN.
+    return weight * (state[0] + __builtin_log(total) - state[2] / count);
+  }
+  LCR2S_INLINE static Vec<T> gradient(Vec<T> x, Mask<T> positive, const Vec<T>* c) {
+    return exp(x - c[0]) * c[1] - (positive ? c[2] : Vec<T>{});
+  }
+};
+
+// SDM and CMPM: KL of the softmax from a target that is la on positives and lb elsewhere, in logarithms.
+template <class T, bool kProjection>
+struct Matching {
+  static constexpr int kMaxima = 1, kSums = 3, kCoefficients = 4;
+  static constexpr bool kUniform = !kProjection;
+
+  // sum e^(x - m), sum e^(x - m) (x - m), sum of e^(x - m) over positives
+  LCR2S_INLINE static void add(Vec<T>, Vec<T> below, Mask<T> positive, Vec<T>* sums) {
+    const Vec<T> e = exp(below);
+    sums[0] += e;
+    sums[1] += e * below;
+    sums[2] += positive ? e : Vec<T>{};
+  }
+  LCR2S_INLINE static void rescale(Vec<T>* sums, const Vec<T>* shift, const Vec<T>* by) {
+    sums[1] = by[0] * (sums[1] + sums[0] * shift[0]);
+    sums[0] *= by[0];
+    sums[2] *= by[0];
+  }
+
+  static double finish(const SimilarityArgs& args, const Direction& direction, int64_t positives, const T* state,
+                       T* out) {
+    const double weight = 1.0 / static_cast<double>(direction.rows);
+    const double lb = __builtin_log(args.eps);
+    double la = lb;
+    if (positives > 0) {
+      const double count = static_cast<double>(positives);
+      la = __builtin_log(1.0 / (args.l2_target ? __builtin_sqrt(count) : count) + args.eps);
+    }
+    const double total = state[1];
+    const double log_total = __builtin_log(total);
+    const double on_positives = state[3] / total;
+    const double loss = state[2] / total - log_total - la * on_positives - lb * (1.0 - on_positives);
+    out[0] = state[0];
+    out[1] = static_cast<T>(weight / total);
+    out[2] = static_cast<T>(log_total + la + loss);
+    out[3] = static_cast<T>(log_total + lb + loss);
+    return weight * loss;
+  }
+  LCR2S_INLINE static Vec<T> gradient(Vec<T> x, Mask<T> positive, const Vec<T>* c) {
+    const Vec<T> below = x - c[0];
+    return exp(below) * c[1] * (below - (positive ? c[2] : c[3]));
+  }
+};
+
+template <class T>
+struct Tal {
+  static constexpr int kMaxima = 2, kSums = 3, kCoefficients = 4;
+  static constexpr bool kUniform = true;
+
+  // over positives sum e^(x - m) and sum e^(x - m) (x - m), over negatives sum e^(x - m)
+  LCR2S_INLINE static void add(Vec<T>, Vec<T> below, Mask<T> positive, Vec<T>* sums) {
+    const Vec<T> e = exp(below);
+    const Vec<T> of_positive = positive ? e : Vec<T>{};
+    sums[0] += of_positive;
+    sums[1] += positive ? e * below : Vec<T>{};
+    sums[2] += e - of_positive;
+  }
+  LCR2S_INLINE static void rescale(Vec<T>* sums, const Vec<T>* shift, const Vec<T>* by) {
+    sums[1] = by[0] * (sums[1] + sums[0] * shift[0]);
+    sums[0] *= by[0];
+    sums[2] *= by[1];
+  }
+
+  static double finish(const SimilarityArgs& args, const Direction& direction, int64_t positives, const T* state,
+                       T* out) {
+    out[0] = state[0];
+    out[2] = state[1];
+    out[1] = out[3] = T{0};
+    // Without a positive or without a negative the row is 0, which keeps NaN.
+    if (positives == 0 || positives == direction.entries) return 0.0 * (state[3] + state[4]);
+    const double of_positive = state[2];
+    const double of_negative = state[4];
+    const double hinge = args.margin - args.tau * (state[0] + state[3] / of_positive) +
+                         args.tau * (state[1] + __builtin_log(of_negative));
+    if (hinge <= 0.0) return 0.0;
+    // dL/dc itself: tau dL/dx cancels the 1 / tau of the logits.
+    out[1] = static_cast<T>(-1.0 / of_positive);
+    out[3] = static_cast<T>(1.0 / of_negative);
+    return hinge;
+  }
+  LCR2S_INLINE static Vec<T> gradient(Vec<T> x, Mask<T> positive, const Vec<T>* c) {
+    return exp(x - (positive ? c[0] : c[2])) * (positive ? c[1] : c[3]);
+  }
+};
+
+template <class T, class Policy>
+LCR2S_INLINE Vec<T> maximum_of(const Vec<T>* maxima, Mask<T> positive) {
+  if constexpr (Policy::kMaxima == 2) return positive ? maxima[0] : maxima[1];
+  return maxima[0];
+}
+
+template <class T, class Policy>
+LCR2S_INLINE void raise(Vec<T>* maxima, Vec<T> x, Mask<T> positive) {
+  if constexpr (Policy::kMaxima == 2) {
+    const Vec<T> low = broadcast(kLowest<T>);
+    maxima[0] = greater<T>(positive ? x : low, maxima[0]);
+    maxima[1] = greater<T>(positive ? low : x, maxima[1]);
+  } else {
+    maxima[0] = greater<T>(x, maxima[0]);
+  }
+}
+
+// Calls body(j, inside) for every vector of columns; `inside` selects the lanes below n.
+template <class T, class F>
+LCR2S_INLINE void for_columns(int64_t n, const F& body) {
+  constexpr int lanes = kLanes<T>;
+  Mask<T> lane;
+  for (int i = 0; i < lanes; ++i) lane[i] = i;
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) body(j, lane >= 0);
+  if (j < n) body(j, lane < static_cast<Label<T>>(n - j));
+}
+
+template <class T>
+struct Tile {
+  int64_t rows;
+  int64_t columns;
+  // Logit factors and labels of its rows and of its columns.
+  const T* row_scale;
+  const T* column_scale;
+  const Label<T>* row_label;
+  const Label<T>* column_label;
+};
+
+// Maxima and sums of a tile (cosines in rows of kTileColumns), for its rows and for its columns: field f of row i at
+// row_out[f * row_stride + i], likewise for columns.
+template <class T, class Policy>
+static void tile_statistics(const Tile<T>& tile, const T* cosine, T* row_out, int64_t row_stride, T* column_out,
+                            int64_t column_stride) {
+  using V = Vec<T>;
+  constexpr int maxima = Policy::kMaxima, sums = Policy::kSums;
+  const V low = broadcast(kLowest<T>);
+  alignas(64) T column_max[maxima][kTileColumns];
+  alignas(64) T column_sum[sums][kTileColumns] = {};
+  T row_max[maxima][kTileRows];
+  for (int g = 0; g < maxima; ++g)
+    for (int64_t j = 0; j < kTileColumns; j += kLanes<T>) store(column_max[g] + j, low);
+
+  const auto logits = [&](const T* c, V a, int64_t j, Mask<T> inside, V& x, V& y) __attribute__((always_inline)) {
+    const V value = load(c + j);
+    x = inside ? value * a : low;
+    y = Policy::kUniform ? x : value * load(tile.column_scale + j);
+  };
+
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const T* c = cosine + i * kTileColumns;
+    const V a = broadcast(tile.row_scale[i]);
+    const Mask<T> label = Mask<T>{} + tile.row_label[i];
+    V best[maxima];
+    for (int g = 0; g < maxima; ++g) best[g] = low;
+    for_columns<T>(tile.columns, [&](int64_t j, Mask<T> inside) __attribute__((always_inline)) {
+      V x, y;
+      logits(c, a, j, inside, x, y);
+      const Mask<T> positive = maxima == 2 ? load_labels<T>(tile.column_label + j) == label : Mask<T>{};
+      raise<T, Policy>(best, x, positive);
+      V of_column[maxima];
+      for (int g = 0; g < maxima; ++g) of_column[g] = load(column_max[g] + j);
+      raise<T, Policy>(of_column, y, positive);
+      for (int g = 0; g < maxima; ++g) store(column_max[g] + j, of_column[g]);
+    });
+    for (int g = 0; g < maxima; ++g) row_max[g][i] = max_lanes<T>(best[g]);
+  }
+
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const T* c = cosine + i * kTileColumns;
+    const V a = broadcast(tile.row_scale[i]);
+    const Mask<T> label = Mask<T>{} + tile.row_label[i];
+    V top[maxima];
+    for (int g = 0; g < maxima; ++g) top[g] = broadcast(row_max[g][i]);
+    V total[sums] = {};
+    for_columns<T>(tile.columns, [&](int64_t j, Mask<T> inside) __attribute__((always_inline)) {
+      V x, y;
+      logits(c, a, j, inside, x, y);
+      const Mask<T> positive = load_labels<T>(tile.column_label + j) == label;
+      Policy::add(x, x - maximum_of<T, Policy>(top, positive), positive, total);
+      V column_top[maxima];
+      for (int g = 0; g < maxima; ++g) column_top[g] = load(column_max[g] + j);
+      V of_column[sums];
+      for (int f = 0; f < sums; ++f) of_column[f] = load(column_sum[f] + j);
+      Policy::add(y, y - maximum_of<T, Policy>(column_top, positive), positive, of_column);
+      for (int f = 0; f < sums; ++f) store(column_sum[f] + j, of_column[f]);
+    });
+    for (int g = 0; g < maxima; ++g) row_out[g * row_stride + i] = row_max[g][i];
+    for (int f = 0; f < sums; ++f) row_out[(maxima + f) * row_stride + i] = sum_lanes<T>(total[f]);
+  }
+  for (int g = 0; g < maxima; ++g)
+    __builtin_memcpy(column_out + g * column_stride, column_max[g], static_cast<size_t>(tile.columns) * sizeof(T));
+  for (int f = 0; f < sums; ++f)
+    __builtin_memcpy(column_out + (maxima + f) * column_stride, column_sum[f],
+                     static_cast<size_t>(tile.columns) * sizeof(T));
+}
+
+// Merges the tiles' statistics of `count` rows into their running state, tile by tile. Field f of tile q is at
+// parts + q * tile_stride + f * part_stride; arrays hold whole vectors.
+template <class T, class Policy>
+static void merge_statistics(const Parallel& parallel, const T* parts, int64_t tiles, int64_t tile_stride,
+                             int64_t part_stride, int64_t count, T* state, int64_t state_stride) {
+  using V = Vec<T>;
+  constexpr int maxima = Policy::kMaxima, sums = Policy::kSums;
+  parallel.for_each(ceil_div(count, kChunk), [=](int64_t task) {
+    const int64_t end = at_most(count, (task + 1) * kChunk);
+    for (int64_t i = task * kChunk; i < end; i += kLanes<T>) {
+      V top[maxima], total[sums];
+      for (int g = 0; g < maxima; ++g) top[g] = load(state + g * state_stride + i);
+      for (int f = 0; f < sums; ++f) total[f] = load(state + (maxima + f) * state_stride + i);
+      for (int64_t q = 0; q < tiles; ++q) {
+        const T* part = parts + q * tile_stride + i;
+        V part_total[sums], shift[maxima], by[maxima], part_shift[maxima], part_by[maxima];
+        for (int f = 0; f < sums; ++f) part_total[f] = load(part + (maxima + f) * part_stride);
+        for (int g = 0; g < maxima; ++g) {
+          const V part_top = load(part + g * part_stride);
+          const V best = greater<T>(part_top, top[g]);
+          shift[g] = top[g] - best;
+          part_shift[g] = part_top - best;
+          by[g] = exp(shift[g]);
+          part_by[g] = exp(part_shift[g]);
+          top[g] = best;
+        }
+        Policy::rescale(total, shift, by);
+        Policy::rescale(part_total, part_shift, part_by);
+        for (int f = 0; f < sums; ++f) total[f] += part_total[f];
+      }
+      for (int g = 0; g < maxima; ++g) store(state + g * state_stride + i, top[g]);
+      for (int f = 0; f < sums; ++f) store(state + (maxima + f) * state_stride + i, total[f]);
+    }
+  });
+}
+
+// G of a tile from its cosines, which it may overwrite. Where the factors of the logits are norms (not kUniform), also
+// sum_j (dL/dx_ij) c_ij of its rows and sum_i (dL/dy_ij) c_ij of its columns.
+template <class T, class Policy>
+static void tile_gradient(const Tile<T>& tile, const T* cosine, int64_t ld_cosine, const T* row_coefficient,
+                          int64_t row_stride, const T* column_coefficient, int64_t column_stride, T* out,
+                          int64_t ld_out, T* row_sum, T* column_sum) {
+  using V = Vec<T>;
+  constexpr int coefficients = Policy::kCoefficients;
+  alignas(64) T column_total[kTileColumns];
+  if constexpr (!Policy::kUniform)
+    for (int64_t j = 0; j < kTileColumns; j += kLanes<T>) store(column_total + j, V{});
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const T* c = cosine + i * ld_cosine;
+    T* g = out + i * ld_out;
+    const V a = broadcast(tile.row_scale[i]);
+    const Mask<T> label = Mask<T>{} + tile.row_label[i];
+    V of_row[coefficients];
+    for (int f = 0; f < coefficients; ++f) of_row[f] = broadcast(row_coefficient[f * row_stride + i]);
+    V row_total{};
+    for_columns<T>(tile.columns, [&](int64_t j, Mask<T> inside) __attribute__((always_inline)) {
+      const V value = load(c + j);
+      const Mask<T> positive = load_labels<T>(tile.column_label + j) == label;
+      V of_column[coefficients];
+      for (int f = 0; f < coefficients; ++f) of_column[f] = load(column_coefficient + f * column_stride + j);
+      const V x = a * value;
+      if constexpr (Policy::kUniform) {
+        store(g + j, Policy::gradient(x, positive, of_row) + Policy::gradient(x, positive, of_column));
+      } else {
+        const V b = load(tile.column_scale + j);
+        const V by_row = Policy::gradient(x, positive, of_row);
+        const V by_column = Policy::gradient(b * value, positive, of_column);
+        store(g + j, a * by_row + b * by_column);
+        row_total += inside ? by_row * value : V{};
+        store(column_total + j, load(column_total + j) + by_column * value);
+      }
+    });
+    if constexpr (!Policy::kUniform) row_sum[i] = sum_lanes<T>(row_total);
+  }
+  if constexpr (!Policy::kUniform)
+    __builtin_memcpy(column_sum, column_total, static_cast<size_t>(tile.columns) * sizeof(T));
+}
+
+// Rows of one side, everything that the engine keeps about them.
+template <class T, class Policy>
+struct Side {
+  static constexpr int kFields = Policy::kMaxima + Policy::kSums;
+
+  const Features* features;
+  Direction direction;
+  const int32_t* positives;
+  // `rows` rounded up to whole vectors, the stride of state and coefficients.
+  int64_t stride;
+  T* unit;
+  double* inverse_norm;
+  T* scale;
+  Label<T>* label;
+  T* state;
+  T* coefficient;
+  double* loss;
+  // CMPM: sum of (dL/dlogit) c over the row.
+  T* norm_gradient;
+  T* gradient;
+
+  void start(const SimilarityArgs& args, const Parallel& parallel, const Features& rows, int64_t entries,
+             const int32_t* labels, const int32_t* row_positives, T* result) {
+    const int64_t n = rows.rows;
+    features = &rows;
+    positives = row_positives;
+    stride = padded(n);
+    direction = Direction{n, entries, 0};
+    for (int64_t i = 0; i < n; ++i) direction.valid += positives[i] > 0;
+    unit = args.memory.take<T>(n * rows.width);
+    inverse_norm = args.memory.take<double>(n);
+    scale = args.memory.take<T>(stride);
+    label = args.memory.take<Label<T>>(stride);
+    state = args.memory.take<T>(kFields * stride);
+    coefficient = args.memory.take<T>(Policy::kCoefficients * stride);
+    loss = args.memory.take<double>(n);
+    norm_gradient = Policy::kUniform ? nullptr : args.memory.take<T>(stride);
+    gradient = result;
+    unit_rows(parallel, rows, 0, n, unit, inverse_norm);
+    for (int64_t i = 0; i < stride; ++i) label[i] = i < n ? labels[i] : -1;
+    for (int64_t i = 0; i < kFields * stride; ++i) state[i] = i < Policy::kMaxima * stride ? kLowest<T> : T{0};
+    for (int64_t i = 0; i < Policy::kCoefficients * stride; ++i) coefficient[i] = T{0};
+  }
+
+  // One factor of the logits for all rows, or each row's norm.
+  void set_scale(T uniform) {
+    for (int64_t i = 0; i < stride; ++i) {
+      if constexpr (Policy::kUniform) {
+        scale[i] = uniform;
+      } else {
+        scale[i] = i < direction.rows && inverse_norm[i] != 0 ? static_cast<T>(1.0 / inverse_norm[i]) : T{0};
+      }
+    }
+  }
+
+  double finish(const SimilarityArgs& args, const Parallel& parallel) const {
+    parallel.for_each(ceil_div(direction.rows, kChunk), [&](int64_t task) {
+      const int64_t end = at_most(direction.rows, (task + 1) * kChunk);
+      for (int64_t i = task * kChunk; i < end; ++i) {
+        T fields[kFields], out[Policy::kCoefficients];
+        for (int f = 0; f < kFields; ++f) fields[f] = state[f * stride + i];
+        loss[i] = Policy::finish(args, direction, positives[i], fields, out);
+        for (int f = 0; f < Policy::kCoefficients; ++f) coefficient[f * stride + i] = out[f];
+      }
+    });
+    double sum = 0.0;
+    for (int64_t i = 0; i < direction.rows; ++i) sum += loss[i];
+    return sum;
+  }
+
+  // From the gradient of the unit rows to that of the raw rows, in place; returns sum_i (gradient . unit row).
+  double project(const Parallel& parallel, double factor) const {
+    const int64_t width = features->width;
+    for_rows(parallel, 0, direction.rows, [&](int64_t i) {
+      T* g = gradient + i * width;
+      const T* u = unit + i * width;
+      double sums[8] = {};
+      int64_t at = 0;
+      for (; at + 8 <= width; at += 8)
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; ++q) sums[q] += static_cast<double>(g[at + q]) * static_cast<double>(u[at + q]);
+      double along = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+      for (; at < width; ++at) along += static_cast<double>(g[at]) * static_cast<double>(u[at]);
+      loss[i] = along;
+      const double by = factor * inverse_norm[i];
+      double along_unit = -by * along;
+      if constexpr (!Policy::kUniform) along_unit += static_cast<double>(norm_gradient[i]);
+      for (int64_t k = 0; k < width; ++k)
+        g[k] = static_cast<T>(by * static_cast<double>(g[k]) + along_unit * static_cast<double>(u[k]));
+    });
+    double sum = 0.0;
+    for (int64_t i = 0; i < direction.rows; ++i) sum += loss[i];
+    return sum;
+  }
+};
+
+template <class T>
+struct Uniform {
+  // Logits are value * c; dL/dc is factor times what Policy::gradient gives.
+  T value;
+  double factor;
+};
+
+template <class T>
+static Uniform<T> uniform_scale(const SimilarityArgs& args) {
+  switch (args.kind) {
+    case SimilarityLoss::info_nce:
+    case SimilarityLoss::sdm: {
+      const T scale = *static_cast<const T*>(args.logit_scale);
+      return {scale, static_cast<double>(scale)};
+    }
+    case SimilarityLoss::tal:
+      return {static_cast<T>(1.0 / args.tau), 1.0};
+    case SimilarityLoss::cmpm:
+      break;
+  }
+  return {T{1}, 1.0};
+}
+
+template <class T, class Policy>
+static void run(const SimilarityArgs& args, const Parallel& parallel) {
+  using S = Side<T, Policy>;
+  constexpr int fields = S::kFields;
+  const int64_t rows = args.image.rows, columns = args.text.rows, width = args.image.width;
+  const bool need_gradient = args.grad_image != nullptr || args.grad_text != nullptr || args.grad_scale != nullptr;
+  T* grad_image = static_cast<T*>(args.grad_image);
+  T* grad_text = static_cast<T*>(args.grad_text);
+  // The scale's gradient is a sum over the rows of either side's gradient.
+  if (need_gradient && grad_image == nullptr && grad_text == nullptr) grad_image = args.memory.take<T>(rows * width);
+
+  S image, text;
+  image.start(args, parallel, args.image, columns, args.image_labels, args.image_positives, grad_image);
+  text.start(args, parallel, args.text, rows, args.text_labels, args.text_positives, grad_text);
+  const Uniform<T> uniform = uniform_scale<T>(args);
+  image.set_scale(uniform.value);
+  text.set_scale(uniform.value);
+
+  const int64_t budget = args.workspace_bytes / static_cast<int64_t>(sizeof(T));
+  const int64_t ld_kept = padded(columns);
+  const bool keep = need_gradient && rows * ld_kept <= budget;
+  int64_t block_columns = at_most(padded(columns), kBlockColumns);
+  int64_t block_rows = at_most(rows, kBlockRows);
+  while (block_rows > kTileRows && block_rows * block_columns > budget) block_rows -= kTileRows;
+  while (block_columns > kTileColumns && block_rows * block_columns > budget) block_columns -= kTileColumns;
+  const int64_t row_tiles = ceil_div(block_rows, kTileRows), column_tiles = ceil_div(block_columns, kTileColumns);
+  const int64_t row_stride = padded(block_rows), column_stride = padded(block_columns);
+
+  T* row_parts = args.memory.take<T>(column_tiles * fields * row_stride);
+  T* column_parts = args.memory.take<T>(row_tiles * fields * column_stride);
+  T* text_transposed = args.memory.take<T>(packed_size<T>(width, block_columns));
+  T* cosines = nullptr;
+  if (need_gradient) cosines = args.memory.take<T>(keep ? rows * ld_kept : block_rows * block_columns);
+
+  // The cosines of one tile: rows [i, i + m), columns [j, j + n) of the block whose texts are packed.
+  const auto tile_cosines = [=](int64_t i, int64_t m, int64_t j, int64_t n, T* out) {
+    gemm_tile(image.unit + i * width, width, int64_t{1}, m, width, text_transposed + j * width, n, out, kTileColumns,
+              false);
+  };
+  const auto tile_at = [&](int64_t i, int64_t m, int64_t j, int64_t n) {
+    return Tile<T>{m, n, image.scale + i, text.scale + j, image.label + i, text.label + j};
+  };
+  // Calls body(i, m, j, n, tile row, tile column) for every tile of a block, in parallel; i and j count from the block.
+  const auto for_tiles = [&](int64_t m, int64_t n, const auto& body) {
+    const int64_t across = ceil_div(n, kTileColumns);
+    parallel.for_each(ceil_div(m, kTileRows) * across, [&](int64_t task) {
+      const int64_t q = task / across, p = task % across;
+      const int64_t i = q * kTileRows, j = p * kTileColumns;
+      body(i, at_most(m - i, kTileRows), j, at_most(n - j, kTileColumns), q, p);
+    });
+  };
+
+  for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
+    const int64_t n = at_most(columns - j0, block_columns);
+    pack_panels(parallel, text.unit + j0 * width, int64_t{1}, width, width, n, text_transposed);
+    for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
+      const int64_t m = at_most(rows - i0, block_rows);
+      for_tiles(m, n, [&](int64_t i, int64_t tm, int64_t j, int64_t tn, int64_t q, int64_t p) {
+        alignas(64) T tile[kTileRows * kTileColumns];
+        tile_cosines(i0 + i, tm, j, tn, tile);
+        tile_statistics<T, Policy>(tile_at(i0 + i, tm, j0 + j, tn), tile, row_parts + p * fields * row_stride + i,
+                                   row_stride, column_parts + q * fields * column_stride + j, column_stride);
+        if (!keep) return;
+        for (int64_t r = 0; r < tm; ++r)
+          __builtin_memcpy(cosines + (i0 + i + r) * ld_kept + j0 + j, tile + r * kTileColumns,
+                           static_cast<size_t>(tn) * sizeof(T));
+      });
+      merge_statistics<T, Policy>(parallel, row_parts, ceil_div(n, kTileColumns), fields * row_stride, row_stride, m,
+                                  image.state + i0, image.stride);
+      merge_statistics<T, Policy>(parallel, column_parts, ceil_div(m, kTileRows), fields * column_stride, column_stride,
+                                  n, text.state + j0, text.stride);
+    }
+  }
+  // In this order: the sum is the same bits whoever asks for gradients.
+  const double of_rows = image.finish(args, parallel);
+  *static_cast<T*>(args.loss) = static_cast<T>(of_rows + text.finish(args, parallel));
+  if (!need_gradient) return;
+
+  T* text_rows = grad_image == nullptr ? nullptr : args.memory.take<T>(packed_size<T>(block_columns, width));
+  T* image_rows = grad_text == nullptr ? nullptr : args.memory.take<T>(packed_size<T>(block_rows, width));
+  if constexpr (!Policy::kUniform) {
+    for (int64_t i = 0; i < image.stride; ++i) image.norm_gradient[i] = T{0};
+    for (int64_t j = 0; j < text.stride; ++j) text.norm_gradient[j] = T{0};
+  }
+  const bool one_text_block = columns <= block_columns;
+  for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
+    const int64_t n = at_most(columns - j0, block_columns);
+    const T* unit_text = text.unit + j0 * width;
+    if (!keep && !one_text_block) pack_panels(parallel, unit_text, int64_t{1}, width, width, n, text_transposed);
+    if (text_rows != nullptr) pack_panels(parallel, unit_text, width, int64_t{1}, n, width, text_rows);
+    for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
+      const int64_t m = at_most(rows - i0, block_rows);
+      const int64_t ld = keep ? ld_kept : block_columns;
+      T* block = keep ? cosines + i0 * ld_kept + j0 : cosines;
+      for_tiles(m, n, [&](int64_t i, int64_t tm, int64_t j, int64_t tn, int64_t q, int64_t p) {
+        T* out = block + i * ld + j;
+        const T* source = out;
+        alignas(64) T tile[kTileRows * kTileColumns];
+        if (!keep) {
+          tile_cosines(i0 + i, tm, j, tn, tile);
+          source = tile;
+        }
+        tile_gradient<T, Policy>(tile_at(i0 + i, tm, j0 + j, tn), source, keep ? ld : kTileColumns,
+                                 image.coefficient + i0 + i, image.stride, text.coefficient + j0 + j, text.stride, out,
+                                 ld, row_parts + p * row_stride + i, column_parts + q * column_stride + j);
+      });
+      if constexpr (!Policy::kUniform) {
+        for (int64_t p = 0; p < ceil_div(n, kTileColumns); ++p)
+          for (int64_t i = 0; i < m; ++i) image.norm_gradient[i0 + i] += row_parts[p * row_stride + i];
+        for (int64_t q = 0; q < ceil_div(m, kTileRows); ++q)
+          for (int64_t j = 0; j < n; ++j) text.norm_gradient[j0 + j] += column_parts[q * column_stride + j];
+      }
+      if (grad_image != nullptr)
+        gemm(parallel, block, ld, int64_t{1}, m, n, text_rows, width, grad_image + i0 * width, width, j0 > 0);
+      if (grad_text != nullptr) {
+        pack_panels(parallel, image.unit + i0 * width, width, int64_t{1}, m, width, image_rows);
+        gemm(parallel, block, int64_t{1}, ld, n, m, image_rows, width, grad_text + j0 * width, width, i0 > 0);
+      }
+    }
+  }
+  double of_scale = 0.0;
+  if (grad_text != nullptr) of_scale = text.project(parallel, uniform.factor);
+  if (grad_image != nullptr) of_scale = image.project(parallel, uniform.factor);
+  if (args.grad_scale != nullptr) *static_cast<T*>(args.grad_scale) = static_cast<T>(of_scale);
+}
+
+template <class T>
+static void run_kind(const SimilarityArgs& args, const Parallel& parallel) {
+  switch (args.kind) {
+    case SimilarityLoss::info_nce:
+      return run<T, InfoNce<T>>(args, parallel);
+    case SimilarityLoss::sdm:
+      return run<T, Matching<T, false>>(args, parallel);
+    case SimilarityLoss::cmpm:
+      return run<T, Matching<T, true>>(args, parallel);
+    case SimilarityLoss::tal:
+      return run<T, Tal<T>>(args, parallel);
+  }
+}
+
+}  // namespace
+
+void similarity(const SimilarityArgs& args, const Parallel& parallel) {
+  if (args.wide) {
+    run_kind<double>(args, parallel);
+  } else {
+    run_kind<float>(args, parallel);
+  }
+}
+
+}  // namespace lcr2s::cpu::LCR2S_ISA
