@@ -15,8 +15,8 @@ struct Features {
   int64_t stride;
 };
 
-// Where a kernel gets temporary memory, whose size it alone knows. Blocks are aligned to 64 bytes, uninitialised, and live
-// until the operator returns.
+// Where a kernel gets temporary memory, whose size it alone knows. Blocks are aligned to 64 bytes, uninitialised, and
+// live until the operator returns.
 struct Memory {
   void* (*allocate)(int64_t bytes, void* context);
   void* context;

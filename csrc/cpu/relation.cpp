@@ -20,8 +20,8 @@ static T* take_packed(const Memory& memory, int64_t k, int64_t n) {
   return memory.take<T>(packed_size<T>(k, n));
 }
 
-// Rows of a slab of a rows x columns matrix within `bytes`: whole tiles, at least one, and no more than the product with
-// the slab gains from.
+// Rows of a slab of a rows x columns matrix within `bytes`: whole tiles, at least one, and no more than the product
+// with the slab gains from.
 template <class T>
 static int64_t slab_rows(int64_t rows, int64_t columns, int64_t bytes) {
   const int64_t fitting = bytes / (columns * static_cast<int64_t>(sizeof(T))) / kMc * kMc;
@@ -32,9 +32,9 @@ static int64_t slab_rows(int64_t rows, int64_t columns, int64_t bytes) {
 // Gradients with respect to the unit rows, for dL/dcosine given as slabs of rows.
 template <class T>
 struct SlabGradients {
-  int64_t columns;       // rows of text
-  int64_t width;         // of the student
-  T* grad_image;         // null where not wanted, like grad_text
+  int64_t columns;  // rows of text
+  int64_t width;    // of the student
+  T* grad_image;    // null where not wanted, like grad_text
   T* grad_text;
   const T* packed_text;  // unit text rows as the right operand, columns x width
   T* packed_image;       // room for a slab's unit image rows as the right operand
@@ -55,8 +55,8 @@ static SlabGradients<T> slab_gradients(const RelationArgs& args, const Parallel&
                                        int64_t text_stride, int64_t rows_of_slab) {
   const int64_t columns = args.student_text.rows;
   const int64_t width = args.student_text.width;
-  SlabGradients<T> gradients{
-      columns, width, static_cast<T*>(args.grad_image), static_cast<T*>(args.grad_text), nullptr, nullptr};
+  SlabGradients<T> gradients{columns, width,  static_cast<T*>(args.grad_image), static_cast<T*>(args.grad_text),
+                             nullptr, nullptr};
   if (gradients.grad_image != nullptr) {
     T* packed = take_packed<T>(args.memory, columns, width);
     pack_panels<T>(parallel, text, text_stride, 1, columns, width, packed);
@@ -130,8 +130,8 @@ static void gram_matrix(const Side& side, const Parallel& parallel, T* rows, T* 
       for (; task >= col_blocks - first; first = ++block * kMc / columns) task -= col_blocks - first;
       const int64_t i0 = block * kMc;
       const int64_t j0 = (first + task) * columns;
-      gemm_tile<T>(rows + i0, 1, width, smaller(kMc, width - i0), count, packed + j0 * count, smaller(columns, width - j0),
-                   gram + i0 * width + j0, width, begin > 0);
+      gemm_tile<T>(rows + i0, 1, width, smaller(kMc, width - i0), count, packed + j0 * count,
+                   smaller(columns, width - j0), gram + i0 * width + j0, width, begin > 0);
     });
   }
   for_rows(parallel, 0, width, [&](int64_t i) {
@@ -139,7 +139,8 @@ static void gram_matrix(const Side& side, const Parallel& parallel, T* rows, T* 
   });
 }
 
-// Gradient of one side: factor * rows (other side's Gram matrix, columns of its student part), through the normalisation.
+// Gradient of one side: factor * rows (other side's Gram matrix, columns of its student part), through the
+// normalisation.
 template <class T>
 static void gram_gradient(const Side& side, const Parallel& parallel, double factor, const T* packed, T* rows, T* unit,
                           double* inverse, T* grad) {
@@ -159,8 +160,8 @@ static void gram_gradient(const Side& side, const Parallel& parallel, double fac
   }
 }
 
-// |U R'|^2 = <U'U, R'R>; dV = 2 U (R'R)[:, student], dT = 2 R (U'V) with V = U[:, student] (+ U[:, teacher] where U holds
-// the difference).
+// |U R'|^2 = <U'U, R'R>; dV = 2 U (R'R)[:, student], dT = 2 R (U'V) with V = U[:, student] (+ U[:, teacher] where U
+// holds the difference).
 template <class T>
 static void frobenius_gram(const RelationFrobeniusArgs& args, const Side& image, const Side& text,
                            const Parallel& parallel) {
@@ -300,11 +301,12 @@ static void frobenius(const RelationFrobeniusArgs& args, const Parallel& paralle
 
 // ---- Kullback-Leibler
 
-// Two passes over tiles of both cosine matrices. The first leaves log-sum-exp of every row and column, student and teacher.
-// The second knows u = (z - lse z) - (x - lse x) of every entry (x student, z teacher), so that p_S = p_T e^-u and
+// Two passes over tiles of both cosine matrices. The first leaves log-sum-exp of every row and column, student and
+// teacher. The second knows u = (z - lse z) - (x - lse x) of every entry (x student, z teacher), so that p_S = p_T e^-u
+// and
 //   KL = sum p_T (u + e^-u - 1),  dKL/dx = p_T (e^-u - 1):
-// no term cancels where the student is near the teacher, and because E_T[1 - e^-u] = 0 an error of the log-sum-exps enters
-// the loss squared.
+// no term cancels where the student is near the teacher, and because E_T[1 - e^-u] = 0 an error of the log-sum-exps
+// enters the loss squared.
 
 // Sums of e^(x - shift), one for each row or each column.
 template <class T>
@@ -354,8 +356,8 @@ struct Cosines {
 
 template <class T>
 struct Limits;
-// |cosine| <= 1, so one shift below the largest possible logit serves the whole matrix while e^(-2 scale + lift) is normal
-// and sums of e^lift are finite.
+// |cosine| <= 1, so one shift below the largest possible logit serves the whole matrix while e^(-2 scale + lift) is
+// normal and sums of e^lift are finite.
 template <>
 struct Limits<float> {
   static constexpr float scale = 78;
@@ -398,8 +400,8 @@ LCR2S_INLINE Vec<T> load_logits(const T* row, int64_t n, T scale) {
 
 // Shifts and sums of a tile: row i at rows.*[i * row_stride], column j at columns.*[j].
 template <class T>
-static void tile_sums(const T* tile, int64_t stride, int64_t m, int64_t n, T scale, bool fixed_shift, T shift, Sums<T> rows,
-                      int64_t row_stride, Sums<T> columns) {
+static void tile_sums(const T* tile, int64_t stride, int64_t m, int64_t n, T scale, bool fixed_shift, T shift,
+                      Sums<T> rows, int64_t row_stride, Sums<T> columns) {
   constexpr int lanes = kLanes<T>;
   alignas(64) T column_sums[kTileColumns<T>];
   alignas(64) T column_shifts[kTileColumns<T>];
@@ -434,8 +436,8 @@ static void tile_sums(const T* tile, int64_t stride, int64_t m, int64_t n, T sca
     }
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; j += lanes)
-        store(column_sums + j, load(column_sums + j) + exp(load_logits(tile + i * stride + j, n - j, scale) -
-                                                           load(column_shifts + j)));
+        store(column_sums + j,
+              load(column_sums + j) + exp(load_logits(tile + i * stride + j, n - j, scale) - load(column_shifts + j)));
   }
   __builtin_memcpy(columns.sum, column_sums, static_cast<size_t>(n) * sizeof(T));
   __builtin_memcpy(columns.shift, column_shifts, static_cast<size_t>(n) * sizeof(T));
@@ -465,8 +467,8 @@ static void finish(const Axis<T>& axis, int64_t at, const RunningSum& student, c
   axis.student_inverse[at] = static_cast<T>(1 / student.sum);
   axis.teacher_shift[at] = static_cast<T>(teacher.shift);
   axis.teacher_inverse[at] = static_cast<T>(1 / teacher.sum);
-  axis.delta[at] = static_cast<T>((teacher.shift - student.shift) +
-                                  (__builtin_log(teacher.sum) - __builtin_log(student.sum)));
+  axis.delta[at] =
+      static_cast<T>((teacher.shift - student.shift) + (__builtin_log(teacher.sum) - __builtin_log(student.sum)));
 }
 
 // (-1)^k / k!
@@ -532,10 +534,8 @@ static TileLoss tile_loss(const T* student, int64_t student_stride, T student_sc
       divergence<T>(teacher_exp * row_teacher_inverse, student_exp * row_student_inverse, apart - row_delta, row_slope,
                     row_term);
       const int64_t column = j0 + j;
-      const Vec<T> column_student =
-          kFixedShift ? student_exp : exp(x - get(columns.student_shift + column));
-      const Vec<T> column_teacher =
-          kFixedShift ? teacher_exp : exp(z - get(columns.teacher_shift + column));
+      const Vec<T> column_student = kFixedShift ? student_exp : exp(x - get(columns.student_shift + column));
+      const Vec<T> column_teacher = kFixedShift ? teacher_exp : exp(z - get(columns.teacher_shift + column));
       divergence<T>(column_teacher * get(columns.teacher_inverse + column),
                     column_student * get(columns.student_inverse + column), apart - get(columns.delta + column),
                     column_slope, column_term);
@@ -597,13 +597,17 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
   T* packed_text = take_packed<T>(memory, width, columns);
   pack_panels<T>(parallel, text, 1, width, width, columns, packed_text);
 
-  Cosines<T> student{
-      image, packed_text, width, columns, *static_cast<const T*>(args.student_scale), nullptr, 0};
-  Cosines<T> teacher{teacher_image, pack_unit_rows<T>(relation.teacher_text, memory, parallel), teacher_width, columns,
-                     *static_cast<const T*>(args.teacher_scale), nullptr, 0};
+  Cosines<T> student{image, packed_text, width, columns, *static_cast<const T*>(args.student_scale), nullptr, 0};
+  Cosines<T> teacher{teacher_image,
+                     pack_unit_rows<T>(relation.teacher_text, memory, parallel),
+                     teacher_width,
+                     columns,
+                     *static_cast<const T*>(args.teacher_scale),
+                     nullptr,
+                     0};
 
-  // A quarter of the budget for a slab of dL/dcosine; what is left keeps cosines from the first pass for the second, the
-  // costlier model's first.
+  // A quarter of the budget for a slab of dL/dcosine; what is left keeps cosines from the first pass for the second,
+  // the costlier model's first.
   const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
   const int64_t slab = slab_rows<T>(count, columns, relation.workspace_bytes / 4);
   const int64_t row_blocks = ceil_div(slab, kMc);
@@ -697,11 +701,10 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
       const T* x = student.tile(begin + i0, m, j0, n, student_scratch, false, &student_stride);
       const T* z = teacher.tile(begin + i0, m, j0, n, teacher_scratch, false, &teacher_stride);
       const auto compute = fixed_shift ? &tile_loss<T, true> : &tile_loss<T, false>;
-      losses[task] =
-          compute(x, student_stride, student.scale, z, teacher_stride, teacher.scale, begin + i0, m, j0, n, row_axis,
-                  column_axis, static_cast<T>(1.0 / static_cast<double>(count)),
-                  static_cast<T>(1.0 / static_cast<double>(columns)),
-                  gradient == nullptr ? nullptr : gradient + i0 * columns + j0, columns);
+      losses[task] = compute(x, student_stride, student.scale, z, teacher_stride, teacher.scale, begin + i0, m, j0, n,
+                             row_axis, column_axis, static_cast<T>(1.0 / static_cast<double>(count)),
+                             static_cast<T>(1.0 / static_cast<double>(columns)),
+                             gradient == nullptr ? nullptr : gradient + i0 * columns + j0, columns);
     });
     for (int64_t task = 0; task < tasks; ++task) {
       total.rows += losses[task].rows;
@@ -719,8 +722,8 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
     for_rows(parallel, 0, columns, [&](int64_t row) {
       project_row(gradients.grad_text + row * width, text + row * width, width, scale, text_inverse[row]);
     });
-  *static_cast<T*>(relation.loss) = static_cast<T>(total.rows / static_cast<double>(count) +
-                                                   total.columns / static_cast<double>(columns));
+  *static_cast<T*>(relation.loss) =
+      static_cast<T>(total.rows / static_cast<double>(count) + total.columns / static_cast<double>(columns));
   if (args.grad_scale != nullptr) *static_cast<T*>(args.grad_scale) = static_cast<T>(total.scale);
 }
 

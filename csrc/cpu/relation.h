@@ -4,8 +4,8 @@
 #include "features.h"
 
 // Relation distillation between the cosine matrices of a student and a teacher, B image rows by N text rows.
-// Arithmetic and results are float, double where `wide`. Gradients are with respect to the student's raw features, dense;
-// null where not asked for.
+// Arithmetic and results are float, double where `wide`. Gradients are with respect to the student's raw features,
+// dense; null where not asked for.
 namespace lcr2s::cpu {
 
 struct RelationArgs {
@@ -28,8 +28,8 @@ struct RelationFrobeniusArgs {
   double factor;
 };
 
-// loss = mean over rows of KL(softmax(teacher_scale * teacher cosine) || softmax(student_scale * student cosine)), plus the
-// same over columns. The scales point at one number of the arithmetic's type.
+// loss = mean over rows of KL(softmax(teacher_scale * teacher cosine) || softmax(student_scale * student cosine)), plus
+// the same over columns. The scales point at one number of the arithmetic's type.
 struct RelationKlArgs {
   RelationArgs relation;
   const void* student_scale;

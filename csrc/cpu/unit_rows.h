@@ -4,8 +4,8 @@
 #include "parallel.h"
 #include "scalar.h"
 
-// L2 normalisation of feature rows. Norms and quotients are formed in double: squares of float features neither overflow
-// nor underflow, and a difference of two unit rows keeps its digits however close they are.
+// L2 normalisation of feature rows. Norms and quotients are formed in double: squares of float features neither
+// overflow nor underflow, and a difference of two unit rows keeps its digits however close they are.
 namespace lcr2s::cpu::LCR2S_ISA {
 
 constexpr int64_t kSegment = 256;
@@ -36,8 +36,8 @@ LCR2S_INLINE int segment_size(int64_t width, int64_t begin) {
   return static_cast<int>(width - begin < kSegment ? width - begin : kSegment);
 }
 
-// 1 / |row|; 0 for a zero row, so that its unit row and its gradient are zero. NaN stays NaN.
-static inline double inverse_norm(const Features& features, int64_t row) {
+// Sum of the squares of factor * element.
+static inline double sum_of_squares(const Features& features, int64_t row, double factor) {
   double squares[8] = {};
   double segment[kSegment];
   for (int64_t begin = 0; begin < features.width; begin += kSegment) {
@@ -46,11 +46,23 @@ static inline double inverse_norm(const Features& features, int64_t row) {
     for (int i = count; i % 8 != 0; ++i) segment[i] = 0;
     for (int i = 0; i < count; i += 8)
 #pragma GCC unroll 8
-      for (int u = 0; u < 8; ++u) squares[u] += segment[i + u] * segment[i + u];
+      for (int u = 0; u < 8; ++u) squares[u] += (factor * segment[i + u]) * (factor * segment[i + u]);
   }
-  const double sum = ((squares[0] + squares[4]) + (squares[2] + squares[6])) +
-                     ((squares[1] + squares[5]) + (squares[3] + squares[7]));
-  return sum == 0 ? 0.0 : 1.0 / __builtin_sqrt(sum);
+  return ((squares[0] + squares[4]) + (squares[2] + squares[6])) +
+         ((squares[1] + squares[5]) + (squares[3] + squares[7]));
+}
+
+// 1 / |row|; 0 for a zero row, so that its unit row and its gradient are zero. NaN where the row holds NaN or infinity.
+static inline double inverse_norm(const Features& features, int64_t row) {
+  double factor = 1;
+  double sum = sum_of_squares(features, row, factor);
+  if (sum < 0x1p-900 || sum > 0x1p900) {
+    // Squares of float64 features may leave the range.
+    factor = sum < 1 ? 0x1p500 : 0x1p-500;
+    sum = sum_of_squares(features, row, factor);
+    if (sum > 0x1p1000) return __builtin_nan("");
+  }
+  return sum == 0 ? 0.0 : factor / __builtin_sqrt(sum);
 }
 
 // out = factor * row
@@ -66,7 +78,8 @@ static void scale_row(const Features& features, int64_t row, double factor, T* o
 
 // out = factor_a * row of a - factor_b * row of b; equal widths.
 template <class T>
-static void scale_difference(const Features& a, const Features& b, int64_t row, double factor_a, double factor_b, T* out) {
+static void scale_difference(const Features& a, const Features& b, int64_t row, double factor_a, double factor_b,
+                             T* out) {
   double first[kSegment];
   double second[kSegment];
   for (int64_t begin = 0; begin < a.width; begin += kSegment) {

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks
+from lcr2s_ext.ops import _backend, _checks, _library, _workspace
 from lcr2s_ext.reference import retrieval as reference
 
 
@@ -51,8 +51,9 @@ def topk_similarity(query: Tensor, gallery: Tensor, k: int, *, backend: str | No
         raise TypeError(f"`k` must be an int, got {type(k).__name__}")
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"`k` must be in 1..{gallery.shape[0]} (rows of `gallery`), got {k}")
-    _backend.resolve("topk_similarity", backend, query.device)
-    return reference.topk_similarity(query, gallery, k)
+    if _backend.resolve("topk_similarity", backend, query.device) == "reference":
+        return reference.topk_similarity(query, gallery, k)
+    return torch.ops.lcr2s.topk_similarity(query, gallery, k, _workspace.workspace_bytes())
 
 
 def retrieval_metrics(
@@ -105,8 +106,12 @@ def retrieval_metrics(
             raise TypeError(f"`ks` must hold ints, got {type(k).__name__}")
         if k < 1:
             raise ValueError(f"`ks` must hold numbers of at least 1, got {k}")
-    _backend.resolve("retrieval_metrics", backend, query.device)
-    statistics = reference.retrieval_statistics(query, gallery, query_ids, gallery_ids)
+    if _backend.resolve("retrieval_metrics", backend, query.device) == "reference":
+        statistics = reference.retrieval_statistics(query, gallery, query_ids, gallery_ids)
+    else:
+        statistics = torch.ops.lcr2s.retrieval_metrics(
+            query, gallery, query_ids.to(torch.int64), gallery_ids.to(torch.int64), _workspace.workspace_bytes()
+        )
     return _average(statistics, ks)
 
 
@@ -124,3 +129,25 @@ def _average(statistics: tuple[Tensor, ...], ks: Sequence[int]) -> dict[str, flo
     metrics["queries"] = positives.shape[0]
     metrics["queries_without_positive"] = positives.shape[0] - int(valid.sum())
     return metrics
+
+
+def _fake_topk(query: Tensor, gallery: Tensor, k: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], k)
+    return (
+        query.new_empty(shape, dtype=_checks.statistics_dtype(query.dtype)),
+        query.new_empty(shape, dtype=torch.int64),
+    )
+
+
+def _fake_metrics(
+    query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, workspace_bytes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    counts = [query.new_empty(query.shape[0], dtype=torch.int64) for _ in range(3)]
+    precisions = [query.new_empty(query.shape[0], dtype=torch.float64) for _ in range(2)]
+    return counts[0], counts[1], counts[2], precisions[0], precisions[1]
+
+
+# No autocast rule: the kernels take every dtype as it is and normalise in their own precision.
+if _library.compiled():
+    torch.library.register_fake("lcr2s::topk_similarity", _fake_topk)
+    torch.library.register_fake("lcr2s::retrieval_metrics", _fake_metrics)
