@@ -173,8 +173,10 @@ def _decode(file: Path, warnings: list[str]) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        warnings.append(f"{file.name}: not UTF-8 at byte {error.start}; read as Windows-1252")
-        return data.decode("cp1252", errors="replace")
+        warnings.append(f"{file.name}: not UTF-8 from byte {error.start} on; such bytes are read as Windows-1252")
+    text = data.decode("utf-8-sig", errors="surrogateescape")
+    # surrogateescape turns byte 0x80 + n into U+DC80 + n.
+    return re.sub("[\udc80-\udcff]", lambda match: bytes([ord(match[0]) - 0xDC00]).decode("cp1252", "replace"), text)
 
 
 def read_annotations(name: str, root: str | Path) -> Annotations:
