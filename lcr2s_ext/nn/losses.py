@@ -164,7 +164,7 @@ ALIGNMENT_LOSSES: tuple[str, ...] = ("sdm", "info_nce", "cmpm", "tal")
 def make_alignment_loss(
     name: str, *, logit_scale: float = 50.0, learnable: bool = False, many_to_many: bool = True
 ) -> nn.Module:
-    """Alignment loss by name: ``"sdm"``, ``"info_nce"``, ``"cmpm"`` or ``"tal"`` (its ``tau`` is ``1 / logit_scale``)."""
+    """Alignment loss by its name in ``ALIGNMENT_LOSSES``; the ``tau`` of TAL is ``1 / logit_scale``."""
     builders: dict[str, Callable[[], nn.Module]] = {
         "sdm": lambda: SDMLoss(logit_scale, learnable=learnable),
         "info_nce": lambda: InfoNCELoss(logit_scale, learnable=learnable, many_to_many=many_to_many),
@@ -208,7 +208,7 @@ class RelationFrobeniusLoss(nn.Module):
 
 
 class RelationKLLoss(nn.Module):
-    """``KL(teacher || student)`` of softmax relations in both directions (CLIP-KD's contrastive relational distillation).
+    """``KL(teacher || student)`` of softmax relations, both directions: CLIP-KD's relational distillation.
 
     Args:
         student_scale: ``1 / tau_s``.

@@ -40,7 +40,7 @@ class DataConfig:
     sampler: str = "random"
     """``random`` over captions, or ``identity``: P identities x K instances."""
     batch_size: int | None = None
-    """Captions in a random batch; unset takes 64, or the whole train split where that is smaller."""
+    """Captions in a random batch; unset takes 64, fewer where the corpus is so small that an epoch had under 8 batches."""
     identities: int = 16
     """P of the identity sampler."""
     instances: int = 4
@@ -84,7 +84,7 @@ class LossConfig:
     """Alignment and identity losses, the same for teacher and student."""
 
     align: str = "sdm"
-    logit_scale: float = 1.0 / 0.07
+    logit_scale: float = 1.0 / 0.12
     learn_logit_scale: bool = False
     many_to_many: bool = True
     """False takes each row's own caption as its only positive (``info_nce`` only)."""
@@ -100,8 +100,10 @@ class TeacherConfig:
     start: str = "warm"
     """``scratch``; ``auxiliary`` (the same losses on the single features as well); ``warm`` (encoders start from a
     plain student trained for ``warm_epochs``); ``frozen`` (as ``warm``, and only the fusion is trained)."""
-    epochs: int = 20
-    warm_epochs: int = 30
+    epochs: int | None = None
+    """Unset: as many as the student's."""
+    warm_epochs: int | None = None
+    """Unset: as many as the student's."""
     auxiliary_weight: float = 1.0
 
 
@@ -116,8 +118,8 @@ class DistillConfig:
     """``frobenius``, ``kl`` or ``none``."""
     relation_weight: float = 100.0
     relation_reduction: str = "mean"
-    student_scale: float = 1.0 / 0.07
-    teacher_scale: float = 1.0 / 0.07
+    student_scale: float = 1.0 / 0.12
+    teacher_scale: float = 1.0 / 0.12
     intra_weight: float = 0.0
     """Weight of the same relation loss within each modality (image-image and text-text)."""
     ramp_epochs: int = 0
@@ -128,8 +130,8 @@ class DistillConfig:
 class OptimConfig:
     """AdamW with a linear warm-up and a cosine to zero."""
 
-    lr: float = 2e-3
-    weight_decay: float = 0.01
+    lr: float = 8e-3
+    weight_decay: float = 0.1
     warmup_epochs: float = 1.0
     schedule: str = "cosine"
     """``cosine`` or ``constant``."""
@@ -169,6 +171,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.validate()
 
+    @property
+    def teacher_epochs(self) -> int:
+        """Epochs of the teacher stage."""
+        return self.epochs if self.teacher.epochs is None else self.teacher.epochs
+
+    @property
+    def warm_epochs(self) -> int:
+        """Epochs of the plain student that a teacher starts from."""
+        return self.epochs if self.teacher.warm_epochs is None else self.teacher.warm_epochs
+
     def validate(self) -> None:
         """ConfigError naming the first key whose value is out of range."""
         choices = {
@@ -199,8 +211,8 @@ class TrainConfig:
             "data.instances": self.data.instances,
             "data.vocab_size": self.data.vocab_size,
             "data.max_length": self.data.max_length,
-            "teacher.epochs": self.teacher.epochs,
-            "teacher.warm_epochs": self.teacher.warm_epochs,
+            "teacher.epochs": self.teacher_epochs,
+            "teacher.warm_epochs": self.warm_epochs,
             "model.heads": self.model.heads,
         }
         not_negative = {
@@ -253,8 +265,10 @@ _Dataclass = TypeVar("_Dataclass")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Nested plain dictionary of a configuration."""
-    return dataclasses.asdict(config)
+    """Nested plain dictionary of a configuration, with what was left to other keys filled in."""
+    values = dataclasses.asdict(config)
+    values["teacher"] |= {"epochs": config.teacher_epochs, "warm_epochs": config.warm_epochs}
+    return values
 
 
 def dump_config(config: TrainConfig, path: str | Path) -> None:

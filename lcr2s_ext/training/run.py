@@ -221,7 +221,7 @@ def make_loader(config: TrainConfig, data: TrainingData, support: str) -> BatchL
             )
         batches: Any = IdentityBatchSampler(split.labels, settings.identities, settings.instances, seed=config.seed)
     else:
-        size = min(DEFAULT_BATCH, captions) if settings.batch_size is None else settings.batch_size
+        size = _default_batch(captions) if settings.batch_size is None else settings.batch_size
         if size > captions:
             raise TrainingError(
                 f"data.batch_size: a batch of {size} is larger than the train split of {captions} captions"
@@ -236,6 +236,11 @@ def make_loader(config: TrainConfig, data: TrainingData, support: str) -> BatchL
         seed=config.seed,
     )
     return BatchLoader(dataset, batches, settings.workers)
+
+
+def _default_batch(captions: int) -> int:
+    """64; on a corpus that would give fewer than eight batches an epoch, what gives eight, but not less than 8."""
+    return min(captions, max(8, min(DEFAULT_BATCH, captions // 8)))
 
 
 def evaluate_student(model: LCR2S, data: TrainingData, split: str, *, batch_size: int = 256) -> Retrieval:
@@ -310,9 +315,8 @@ def _fit(
     folder: Path | None,
     *,
     resume: bool,
-    max_epochs: int | None = None,
 ) -> tuple[float, int]:
-    """Run a stage to its end (or to ``max_epochs``, as an interruption would) and put its best weights back."""
+    """Run a stage to its end and put its best weights back."""
     started = time.perf_counter()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -344,7 +348,7 @@ def _fit(
         # Advice on workers, log intervals and folders that exist: each is a choice made here.
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         trainer = pl.Trainer(
-            max_epochs=stage.epochs if max_epochs is None else max_epochs,
+            max_epochs=stage.epochs,
             accelerator=config.device,
             devices=1,
             precision=config.precision,  # type: ignore[arg-type]
@@ -484,7 +488,7 @@ def fit_teacher(
         num_identities=data.splits["train"].num_identities,
         auxiliary_weight=config.teacher.auxiliary_weight if start == "auxiliary" else 0.0,
         train_encoders=start != "frozen",
-        epochs=config.teacher.epochs if epochs is None else epochs,
+        epochs=config.teacher_epochs if epochs is None else epochs,
         steps_per_epoch=_steps(config, loader),
         evaluate=_evaluation(
             data,
@@ -653,7 +657,7 @@ def train(
                     "warm",
                     student,
                     lambda folder: fit_student(
-                        config, data, epochs=config.teacher.warm_epochs, name="warm", out=folder, resume=resume
+                        config, data, epochs=config.warm_epochs, name="warm", out=folder, resume=resume
                     ),
                 ).student
             teacher = run_stage(

@@ -1,0 +1,301 @@
+"""The ``lcr2s`` command. Exit codes: 0 done, 1 a problem was found or the command failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+_DATASETS = ("cuhk-pedes",)
+_SPLITS = ("train", "val", "test")
+
+
+class UsageError(Exception):
+    """Arguments that cannot be used together; exit code 2."""
+
+
+def _info(args: argparse.Namespace) -> int:
+    from lcr2s_ext import info
+
+    return info.main()
+
+
+def _synth(args: argparse.Namespace) -> int:
+    from lcr2s_ext.data import generate_corpus
+
+    folder = generate_corpus(
+        args.root,
+        identities=tuple(args.identities),
+        views=args.views,
+        captions_per_image=args.captions,
+        seed=args.seed,
+        size=tuple(args.size),
+        single_view_fraction=args.single_view_fraction,
+        workers=args.workers,
+    )
+    print(f"generated corpus written to {folder}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from lcr2s_ext.data import check_dataset
+
+    report = check_dataset(args.dataset, args.root)
+    print(report.format())
+    return report.exit_code
+
+
+def _train(args: argparse.Namespace) -> int:
+    from lcr2s_ext.training.config import ConfigError, load_config
+
+    given: dict[str, Any] = {}
+    for key, value in (
+        ("method", args.method),
+        ("epochs", args.epochs),
+        ("seed", args.seed),
+        ("out", args.out),
+        ("progress", args.progress),
+        ("device", args.device),
+        ("threads", args.threads),
+        ("data.dataset", args.dataset),
+        ("data.root", args.root),
+        ("data.batch_size", args.batch_size),
+        ("model.preset", args.preset),
+    ):
+        if value is not None:
+            section, _, name = key.rpartition(".")
+            (given.setdefault(section, {}) if section else given)[name] = value
+    source = args.config
+    if args.resume and source is None and args.out is not None and Path(args.out, "train.yaml").is_file():
+        # A resumed run is its own configuration; what is given besides must agree with it.
+        source = str(Path(args.out, "train.yaml"))
+    try:
+        config = load_config(source, args.overrides, base=given)
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+    if not config.data.root:
+        raise UsageError("no data: give --root DIR (the folder that holds CUHK-PEDES/) or data.root=DIR")
+    if not config.out:
+        raise UsageError("no output folder: give --out OUT or out=OUT")
+
+    from lcr2s_ext.training import train
+
+    result = train(config, resume=args.resume, say=lambda line: print(line, file=sys.stderr, flush=True))
+    for title, metrics in (("val", result.val), ("test", result.test)):
+        if metrics is not None:
+            print(_table(title, metrics))
+    for key, metrics in result.teacher_test.items():
+        words = "labelled oracle: support sets drawn by identity" if key == "oracle" else "its support removed"
+        print(_table(f"test, teacher, {words}", metrics))
+    print(f"written to {config.out}: model/ (the student), results.json, train.yaml, a folder a stage")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from lcr2s_ext.data import ImageStore, load_dataset
+    from lcr2s_ext.models import LCR2S
+    from lcr2s_ext.retrieval import evaluate_model
+
+    folder = Path(args.model)
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    model = LCR2S.from_pretrained(folder)
+    if model.tokenizer is None:
+        raise ValueError(f"model: {folder} has no tokenizer.json, captions cannot be encoded")
+    model.to(_device(args.device))
+    split = load_dataset(args.dataset, args.root)[args.split]
+    if not split.captions:
+        raise ValueError(f"split: {args.split} of {args.dataset} in {args.root} has no captions")
+    store = ImageStore(split.image_paths, model.image_size, cache=False)
+    metrics = evaluate_model(model, split, store, batch_size=args.batch_size)
+    if args.json:
+        print(json.dumps(_finite(metrics["text_to_image"])))
+    else:
+        print(_table(args.split, metrics))
+    return 0
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    # JSON has no NaN: a metric without any query is null.
+    return {key: None if math.isnan(value) else value for key, value in metrics.items()}
+
+
+def _table(title: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
+    directions = list(metrics)
+    keys = [key for key in metrics[directions[0]] if not key.startswith("queries")]
+    rows = [[title, *keys, "queries", "without positive"]]
+    for direction in directions:
+        values = metrics[direction]
+        rows.append(
+            [
+                direction.replace("_", " "),
+                *(f"{100 * values[key]:.2f}" for key in keys),
+                f"{values['queries']:.0f}",
+                f"{values['queries_without_positive']:.0f}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(line))
+        for line in (list(zip(row, widths, strict=True)) for row in rows)
+    )
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from lcr2s_ext.training import demo
+
+    return demo.run(args)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive int, got {text}")
+    return value
+
+
+def _parser(with_demo: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lcr2s",
+        description="Fused kernels for cross-modal retrieval and distillation, and LCR²S trained on them.",
+        epilog="Exit codes: 0 done, 1 a problem was found or the command failed, 2 wrong usage.",
+    )
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(
+        into: Any, name: str, function: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = into.add_parser(name, help=text, description=text, parents=[debug])
+        added.set_defaults(function=function)
+        return added
+
+    def where(added: argparse.ArgumentParser, required: bool) -> None:
+        added.add_argument("--dataset", choices=_DATASETS, required=required, help="the dataset's layout on disk")
+        added.add_argument("--root", metavar="DIR", required=required, help="folder that holds CUHK-PEDES/")
+
+    demo = command(
+        commands, "demo", _demo, "generate a corpus, train every arm, write table, results and a report page"
+    )
+    if with_demo:
+        from lcr2s_ext.training import demo as demo_module
+
+        demo_module.add_arguments(demo)
+    command(commands, "info", _info, "print versions, what was compiled, and which backends can run here")
+
+    data = commands.add_parser("data", help="generate or check a corpus", description="Generate or check a corpus.")
+    data_commands = data.add_subparsers(dest="data_command", required=True, metavar="command")
+    synth = command(data_commands, "synth", _synth, "draw a generated corpus in CUHK-PEDES' layout")
+    synth.add_argument("--root", metavar="DIR", required=True, help="folder to hold CUHK-PEDES/")
+    synth.add_argument(
+        "--identities",
+        type=int,
+        nargs=3,
+        default=[300, 100, 150],
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="identities of each split (default: 300 100 150)",
+    )
+    synth.add_argument("--views", type=_positive, default=4, help="pictures of an identity (default: 4)")
+    synth.add_argument("--captions", type=_positive, default=2, help="sentences of a picture (default: 2)")
+    synth.add_argument("--seed", type=int, default=0, help="the same seed draws the same corpus (default: 0)")
+    synth.add_argument(
+        "--size", type=_positive, nargs=2, default=[64, 32], metavar=("H", "W"), help="pixels (default: 64 32)"
+    )
+    synth.add_argument(
+        "--single-view-fraction", type=float, default=0.05, help="identities with one picture (default: 0.05)"
+    )
+    synth.add_argument("--workers", type=_positive, default=1, help="processes (default: 1)")
+    check = command(
+        data_commands,
+        "check",
+        _check,
+        "print identities, images and captions of each split and every problem; exit 1 where there is an error",
+    )
+    where(check, required=True)
+
+    train = command(
+        commands,
+        "train",
+        _train,
+        "train a student (and its teacher); any key of the configuration can be given as key=value",
+    )
+    train.usage = "lcr2s train [options] [key=value ...]"
+    train.epilog = "Keys of the configuration: docs/training.md, or the train.yaml of any run. optim.lr=1e-3 sets one."
+    train.add_argument(
+        "--config", metavar="FILE", help="YAML configuration; the options below and key=value win over it"
+    )
+    where(train, required=False)
+    train.add_argument("--preset", help="model preset: tiny or small")
+    train.add_argument("--method", choices=("lcr2s", "one_stage", "plain"), help="two stages, both at once, no teacher")
+    train.add_argument("--epochs", type=_positive, metavar="N", help="epochs of each stage")
+    train.add_argument("--batch-size", type=_positive, metavar="N", help="captions in a batch")
+    train.add_argument("--seed", type=int, help="seed of weights, batches, draws and augmentation")
+    train.add_argument(
+        "--out", metavar="OUT", help="folder for model, logs, checkpoints and the resolved configuration"
+    )
+    train.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+    train.add_argument("--device", help="auto, cpu or gpu")
+    train.add_argument("--threads", type=int, help="CPU threads")
+    train.add_argument("--progress", choices=("auto", "rich", "tqdm", "none"), help="progress bar")
+
+    evaluate = command(commands, "evaluate", _evaluate, "retrieval metrics of a trained model on a split")
+    evaluate.add_argument("--model", metavar="OUT", required=True, help="output folder of train, or of save_pretrained")
+    where(evaluate, required=True)
+    evaluate.add_argument("--split", choices=_SPLITS, default="test", help="default: test")
+    evaluate.add_argument("--batch-size", type=_positive, default=256, help="rows encoded at a time (default: 256)")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    evaluate.add_argument("--json", action="store_true", help="print the text-to-image metrics as one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; wrong usage exits with 2 through SystemExit as argparse does."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(with_demo=bool(arguments) and arguments[0] == "demo")
+    # key=value may stand anywhere between the options, which argparse's own positionals do not allow.
+    args, rest = parser.parse_known_args(arguments)
+    args.overrides = rest
+    wrong = [word for word in rest if args.command != "train" or word.startswith("-") or "=" not in word]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    name = " ".join(filter(None, ["lcr2s", args.command, getattr(args, "data_command", None)]))
+    try:
+        return int(args.function(args))
+    except UsageError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        words = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if args.debug else " (--debug shows the traceback)"
+        print(f"{name}: error: {words}{hint}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
