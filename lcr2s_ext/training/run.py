@@ -219,7 +219,9 @@ def make_loader(config: TrainConfig, data: TrainingData, support: str) -> BatchL
                 f"data.identities: batches of {settings.identities} identities x {settings.instances} instances are "
                 f"impossible, the train split has {identities} identities"
             )
-        batches: Any = IdentityBatchSampler(split.labels, settings.identities, settings.instances, seed=config.seed)
+        batches: Any = IdentityBatchSampler(
+            split.labels, settings.identities, settings.instances, items=split.caption_image, seed=config.seed
+        )
     else:
         size = _default_batch(captions) if settings.batch_size is None else settings.batch_size
         if size > captions:
