@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Each test starts from one seed and leaves the number of threads as it was."""
+    """Each test starts from one seed and on one thread: the workers of the test run already fill the cores."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -11,7 +11,8 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.bfloat16: (2e-2, 1e-2),
     torch.float16: (3e-3, 1e-3),
 }
-"""dtype of the inputs -> (rtol, atol) against a float64 oracle; atol is relative to the oracle's largest magnitude."""
+"""dtype of the inputs -> (rtol, atol) against a float64 oracle; atol is relative to the oracle's largest magnitude,
+which counts as at least 1e-3: gradients that cancel to zero leave roundings behind."""
 
 
 def assert_matches_oracle(actual: Tensor, oracle: Tensor, dtype: torch.dtype, name: str = "result") -> None:
@@ -21,14 +22,14 @@ def assert_matches_oracle(actual: Tensor, oracle: Tensor, dtype: torch.dtype, na
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     size = float(oracle.abs().nan_to_num().max()) if oracle.numel() else 0.0
     torch.testing.assert_close(
-        actual.double(), oracle, rtol=rtol, atol=atol * max(size, 1e-30), equal_nan=True, msg=lambda m: f"{name}: {m}"
+        actual.double(), oracle, rtol=rtol, atol=atol * max(size, 1e-3), equal_nan=True, msg=lambda m: f"{name}: {m}"
     )
 
 
 def assert_no_worse_than_pytorch(
     actual: Tensor, pytorch: Tensor, oracle: Tensor, name: str = "result", factor: float = 2.0
 ) -> None:
-    """The kernel's largest error is at most twice PyTorch's in the same dtype, give or take a rounding of the result."""
+    """The kernel's largest error is at most twice PyTorch's in the same dtype, give or take one rounding."""
     rounding = torch.finfo(actual.dtype).eps * float(oracle.abs().max()) if oracle.numel() else 0.0
     ours = float((actual.double() - oracle).abs().max()) if oracle.numel() else 0.0
     theirs = float((pytorch.double() - oracle).abs().max()) if oracle.numel() else 0.0

@@ -65,21 +65,43 @@ LCR2S_INLINE Accumulate<T> dot(const T* a, const T* b, int64_t width) {
   return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// Long sums are taken in runs of this many summands, so that their rounding errors grow slowly.
+constexpr int64_t kRun = 32;
+
+// Sum of term(j) over j < count.
+template <class A, class F>
+LCR2S_INLINE Vec<A> sum_in_runs(int64_t count, const F& term) {
+  Vec<A> total{};
+  for (int64_t run = 0; run < count; run += kRun) {
+    const int64_t end = count - run < kRun ? count : run + kRun;
+    Vec<A> sum{};
+    for (int64_t j = run; j < end; ++j) sum += term(j);
+    total += sum;
+  }
+  return total;
+}
+
 // out = scale * sum over j < count of weight(j) * row(j), in the order of j, `Vectors` vectors of one head at a time.
 template <int Vectors, class T, class Row, class Weight>
 LCR2S_INLINE void sum_block(int64_t count, const Row& row, const Weight& weight, Accumulate<T> scale, int64_t offset,
                             T* out) {
   using A = Accumulate<T>;
   constexpr int lanes = kLanes<A>;
-  Vec<A> sums[Vectors] = {};
-  for (int64_t j = 0; j < count; ++j) {
-    const A w = weight(j);
-    const T* source = row(j) + offset;
+  Vec<A> totals[Vectors] = {};
+  for (int64_t run = 0; run < count; run += kRun) {
+    const int64_t end = count - run < kRun ? count : run + kRun;
+    Vec<A> sums[Vectors] = {};
+    for (int64_t j = run; j < end; ++j) {
+      const A w = weight(j);
+      const T* source = row(j) + offset;
 #pragma GCC unroll 8
-    for (int u = 0; u < Vectors; ++u) sums[u] += w * load_accumulate(source + u * lanes);
+      for (int u = 0; u < Vectors; ++u) sums[u] += w * load_accumulate(source + u * lanes);
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < Vectors; ++u) totals[u] += sums[u];
   }
 #pragma GCC unroll 8
-  for (int u = 0; u < Vectors; ++u) store_accumulate(out + offset + u * lanes, scale * sums[u]);
+  for (int u = 0; u < Vectors; ++u) store_accumulate(out + offset + u * lanes, scale * totals[u]);
 }
 
 // The same for all heads of one row: weight(j) points to the heads' weights of the j-th summand.
@@ -97,8 +119,8 @@ LCR2S_INLINE void weighted_sum(int64_t count, int64_t heads, int64_t width, cons
     for (; at + lanes <= width; at += lanes) sum_block<1>(count, row, weight, scale, begin + at, out);
     if (at < width) {
       const int rest = static_cast<int>(width - at);
-      Vec<A> sum{};
-      for (int64_t j = 0; j < count; ++j) sum += weight(j) * load_accumulate(row(j) + begin + at, rest);
+      const Vec<A> sum =
+          sum_in_runs<A>(count, [&](int64_t j) { return weight(j) * load_accumulate(row(j) + begin + at, rest); });
       store_accumulate(out + begin + at, scale * sum, rest);
     }
   }
@@ -121,12 +143,11 @@ void softmax(int64_t count, int64_t heads, A* scores) {
       const Vec<A> x = load_accumulate(column + j * heads, lanes);
       maximum = x > maximum ? x : maximum;
     }
-    Vec<A> sum{};
-    for (int64_t j = 0; j < count; ++j) {
+    const Vec<A> sum = sum_in_runs<A>(count, [=](int64_t j) {
       const Vec<A> x = exp(load_accumulate(column + j * heads, lanes) - maximum);
-      sum += x;
       store_accumulate(column + j * heads, x, lanes);
-    }
+      return x;
+    });
     for (int64_t j = 0; j < count; ++j)
       store_accumulate(column + j * heads, load_accumulate(column + j * heads, lanes) / sum, lanes);
   });
@@ -136,11 +157,10 @@ void softmax(int64_t count, int64_t heads, A* scores) {
 template <class A>
 void softmax_backward(int64_t count, int64_t heads, const A* probs, A* grad_scores) {
   for_head_vectors<A>(heads, [=](int64_t head, int lanes) {
-    Vec<A> sum{};
-    for (int64_t j = 0; j < count; ++j) {
+    const Vec<A> sum = sum_in_runs<A>(count, [=](int64_t j) {
       const int64_t at = j * heads + head;
-      sum += load_accumulate(probs + at, lanes) * load_accumulate(grad_scores + at, lanes);
-    }
+      return load_accumulate(probs + at, lanes) * load_accumulate(grad_scores + at, lanes);
+    });
     for (int64_t j = 0; j < count; ++j) {
       const int64_t at = j * heads + head;
       const Vec<A> gradient = load_accumulate(probs + at, lanes) * (load_accumulate(grad_scores + at, lanes) - sum);

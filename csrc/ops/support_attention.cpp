@@ -106,18 +106,19 @@ Tensor with_dense_rows(const Tensor& tensor) {
   return dense ? tensor : torch::stable::contiguous(tensor);
 }
 
-cpu::Rows rows_of(const Tensor& tensor) { return cpu::Rows{tensor.const_data_ptr(), tensor.stride(0)}; }
+Rows rows_of(const Tensor& tensor) { return Rows{tensor.const_data_ptr(), tensor.stride(0)}; }
 
-cpu::SupportAttentionShape shape(const Tensor& query, const Tensor& value, const Index& index, double scale) {
-  return cpu::SupportAttentionShape{dtype_of(query.scalar_type()),
-                                    query.size(0),
-                                    value.size(0),
-                                    query.size(1),
-                                    query.size(2),
-                                    value.size(2),
-                                    scale,
-                                    integers(index.indptr),
-                                    integers(index.indices)};
+SupportAttentionShape shape(const Tensor& query, const Tensor& value, const Index& index, double scale) {
+  return SupportAttentionShape{dtype_of(query.scalar_type()),
+                               query.size(0),
+                               value.size(0),
+                               index.indices.size(0),
+                               query.size(1),
+                               query.size(2),
+                               value.size(2),
+                               scale,
+                               integers(index.indptr),
+                               integers(index.indices)};
 }
 
 std::tuple<Tensor, Tensor> support_attention(Tensor query, Tensor key, Tensor value, Tensor indptr, Tensor indices,
@@ -134,7 +135,7 @@ std::tuple<Tensor, Tensor> support_attention(Tensor query, Tensor key, Tensor va
   const ScalarType statistics = statistics_dtype(query.scalar_type());
   Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1), value.size(2)});
   Tensor probs = torch::stable::new_empty(query, {indices.size(0), query.size(1)}, statistics);
-  const cpu::SupportAttentionArgs args{
+  const SupportAttentionArgs args{
       shape(query, value, index, scale), rows_of(query),        rows_of(key), rows_of(value),
       probs.mutable_data_ptr(),          out.mutable_data_ptr()};
   if (query.is_cpu()) {
@@ -143,7 +144,7 @@ std::tuple<Tensor, Tensor> support_attention(Tensor query, Tensor key, Tensor va
 #ifdef LCR2S_WITH_CUDA
   if (query.is_cuda()) {
     const CudaScope scope(kForward, query);
-    const char* error = cuda::support_attention(args, indices.size(0), scope.stream());
+    const char* error = cuda::support_attention(args, scope.stream());
     check(error == nullptr, kForward, "CUDA: ", error ? error : "");
   }
 #endif
@@ -189,26 +190,26 @@ std::tuple<Tensor, Tensor, Tensor> support_attention_backward(Tensor grad_out, T
   Tensor grad_value = result(need_value, value);
   Tensor grad_scores =
       torch::stable::new_empty(query, {need_query || need_key ? entries : 0, query.size(1)}, statistics);
-  const cpu::SupportAttentionBackwardArgs args{shape(query, value, index, scale),
-                                               integers(index.entry_rows),
-                                               integers(index.t_indptr),
-                                               integers(index.t_entries),
-                                               rows_of(grad_out),
-                                               rows_of(query),
-                                               rows_of(key),
-                                               rows_of(value),
-                                               probs.const_data_ptr(),
-                                               grad_scores.mutable_data_ptr(),
-                                               need_query ? grad_query.mutable_data_ptr() : nullptr,
-                                               need_key ? grad_key.mutable_data_ptr() : nullptr,
-                                               need_value ? grad_value.mutable_data_ptr() : nullptr};
+  const SupportAttentionBackwardArgs args{shape(query, value, index, scale),
+                                          integers(index.entry_rows),
+                                          integers(index.t_indptr),
+                                          integers(index.t_entries),
+                                          rows_of(grad_out),
+                                          rows_of(query),
+                                          rows_of(key),
+                                          rows_of(value),
+                                          probs.const_data_ptr(),
+                                          grad_scores.mutable_data_ptr(),
+                                          need_query ? grad_query.mutable_data_ptr() : nullptr,
+                                          need_key ? grad_key.mutable_data_ptr() : nullptr,
+                                          need_value ? grad_value.mutable_data_ptr() : nullptr};
   if (query.is_cpu()) {
     cpu::support_attention_backward(args, torch_parallel());
   }
 #ifdef LCR2S_WITH_CUDA
   if (query.is_cuda()) {
     const CudaScope scope(kBackward, query);
-    const char* error = cuda::support_attention_backward(args, entries, scope.stream());
+    const char* error = cuda::support_attention_backward(args, scope.stream());
     check(error == nullptr, kBackward, "CUDA: ", error ? error : "");
   }
 #endif

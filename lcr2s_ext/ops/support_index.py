@@ -161,4 +161,16 @@ def _unflatten(tensors: Any, num_rows: int) -> SupportIndex:
     return index
 
 
-pytree.register_pytree_node(SupportIndex, _flatten, _unflatten, serialized_type_name="lcr2s_ext.ops.SupportIndex")
+def _flatten_with_keys(index: SupportIndex) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], int]:
+    tensors, num_rows = _flatten(index)
+    names = ("indptr", "indices", "entry_rows", "t_indptr", "t_entries")
+    return [(pytree.GetAttrKey(name), tensor) for name, tensor in zip(names, tensors, strict=True)], num_rows
+
+
+pytree.register_pytree_node(
+    SupportIndex,
+    _flatten,
+    _unflatten,
+    serialized_type_name="lcr2s_ext.ops.SupportIndex",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
