@@ -30,8 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "width": 128,
         "image_size": [64, 32],
-        "image_encoder": {"type": "tiny_image"},
-        "text_encoder": {"type": "tiny_text"},
+        "image_encoder": {"type": "tiny_image", "dropout": 0.3},
+        "text_encoder": {"type": "tiny_text", "dropout": 0.2},
     },
     "small": {
         "width": 256,
@@ -148,7 +148,7 @@ class LCR2S(nn.Module):
         if seed is None:
             return cls.from_config(config, tokenizer=tokenizer)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return cls.from_config(config, tokenizer=tokenizer)
 
     @classmethod

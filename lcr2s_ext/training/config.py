@@ -40,7 +40,7 @@ class DataConfig:
     sampler: str = "random"
     """``random`` over captions, or ``identity``: P identities x K instances."""
     batch_size: int | None = None
-    """Captions in a random batch; unset takes 64, fewer where the corpus is so small that an epoch had under 8 batches."""
+    """Captions in a random batch; unset takes 64, fewer on a corpus that had under 8 batches an epoch."""
     identities: int = 16
     """P of the identity sampler."""
     instances: int = 4

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,11 +185,18 @@ def make_model(config: TrainConfig, data: TrainingData) -> LCR2S:
     )
 
 
+@contextmanager
+def _weights_seed(config: TrainConfig, purpose: int) -> Iterator[None]:
+    """Fresh weights drawn inside depend on the run's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(step_seed(config.seed, 0, 0, purpose))
+        yield
+
+
 def make_teacher(config: TrainConfig, data: TrainingData, encoders: DualEncoder | None = None) -> Teacher:
     """Fresh teacher of a configuration; ``encoders`` gives the encoders' weights, copied."""
     shell = make_model(config, data)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(step_seed(config.seed, 0, 0, 11))
+    with _weights_seed(config, 11):
         teacher = shell.make_teacher(
             num_heads=config.model.heads,
             feed_forward=config.model.feed_forward,
@@ -317,6 +325,7 @@ def _fit(
     folder: Path | None,
     *,
     resume: bool,
+    on_epoch: Callable[[int], None] | None = None,
 ) -> tuple[float, int]:
     """Run a stage to its end and put its best weights back."""
     started = time.perf_counter()
@@ -345,6 +354,10 @@ def _fit(
     bar = _progress_bar(config.progress)
     if bar is not None:
         callbacks.append(bar)
+    if on_epoch is not None:
+        from lightning.pytorch.callbacks import LambdaCallback
+
+        callbacks.append(LambdaCallback(on_train_epoch_end=lambda trainer, _: on_epoch(trainer.current_epoch + 1)))
     checkpoint = None if folder is None else folder / "last.ckpt"
     with warnings.catch_warnings():
         # Advice on workers, log intervals and folders that exist: each is a choice made here.
@@ -400,12 +413,18 @@ def _augment(config: TrainConfig, data: TrainingData) -> BatchAugment:
 
 
 def _finish(
-    stage: Stage, model: Any, loader: BatchLoader, config: TrainConfig, folder: Path | None, resume: bool
+    stage: Stage,
+    model: Any,
+    loader: BatchLoader,
+    config: TrainConfig,
+    folder: Path | None,
+    resume: bool,
+    on_epoch: Callable[[int], None] | None = None,
 ) -> StageResult:
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    seconds, steps = _fit(stage, loader, config, folder, resume=resume)
+    seconds, steps = _fit(stage, loader, config, folder, resume=resume, on_epoch=on_epoch)
     if stage.best is not None:
         val, epoch = stage.best["val"], stage.best["epoch"]
     else:
@@ -423,6 +442,7 @@ def fit_student(
     name: str = "student",
     out: str | Path | None = None,
     resume: bool = False,
+    on_epoch: Callable[[int], None] | None = None,
 ) -> StageResult:
     """Train a plain dual encoder, distilled from a teacher where one is given.
 
@@ -436,6 +456,7 @@ def fit_student(
         name: of the stage, in logs and messages.
         out: folder for checkpoint and logs; ``None`` keeps everything in memory.
         resume: go on from the checkpoint in ``out`` where there is one.
+        on_epoch: called with the number of finished epochs after each.
 
     Returns:
         A result whose ``model`` is an :class:`LCR2S`.
@@ -444,18 +465,19 @@ def fit_student(
     if init is not None:
         model.student.load_state_dict(init.state_dict())
     loader = make_loader(config, data, config.data.support if isinstance(teacher, Teacher) else "none")
-    stage = StudentStage(
-        config,
-        name,
-        model.student,
-        _augment(config, data),
-        num_identities=data.splits["train"].num_identities,
-        teacher=teacher,
-        epochs=config.epochs if epochs is None else epochs,
-        steps_per_epoch=_steps(config, loader),
-        evaluate=_evaluation(data, lambda: evaluate_student(model, data, "val", batch_size=config.eval_batch)),
-    )
-    result = _finish(stage, model, loader, config, None if out is None else Path(out), resume)
+    with _weights_seed(config, 12):
+        stage = StudentStage(
+            config,
+            name,
+            model.student,
+            _augment(config, data),
+            num_identities=data.splits["train"].num_identities,
+            teacher=teacher,
+            epochs=config.epochs if epochs is None else epochs,
+            steps_per_epoch=_steps(config, loader),
+            evaluate=_evaluation(data, lambda: evaluate_student(model, data, "val", batch_size=config.eval_batch)),
+        )
+    result = _finish(stage, model, loader, config, None if out is None else Path(out), resume, on_epoch)
     model.eval()
     return result
 
@@ -469,6 +491,7 @@ def fit_teacher(
     name: str = "teacher",
     out: str | Path | None = None,
     resume: bool = False,
+    on_epoch: Callable[[int], None] | None = None,
 ) -> StageResult:
     """Train a teacher from the start that ``config.teacher.start`` names; ``warm`` and ``frozen`` need ``init``.
 
@@ -482,24 +505,25 @@ def fit_teacher(
         raise ConfigError("data.support: a teacher needs drawn or batch support, got none")
     teacher = make_teacher(config, data, init)
     loader = make_loader(config, data, config.data.support)
-    stage = TeacherStage(
-        config,
-        name,
-        teacher,
-        _augment(config, data),
-        num_identities=data.splits["train"].num_identities,
-        auxiliary_weight=config.teacher.auxiliary_weight if start == "auxiliary" else 0.0,
-        train_encoders=start != "frozen",
-        epochs=config.teacher_epochs if epochs is None else epochs,
-        steps_per_epoch=_steps(config, loader),
-        evaluate=_evaluation(
-            data,
-            lambda: evaluate_teacher(
-                teacher, data, "val", max_support=config.data.max_support, batch_size=config.eval_batch
+    with _weights_seed(config, 12):
+        stage = TeacherStage(
+            config,
+            name,
+            teacher,
+            _augment(config, data),
+            num_identities=data.splits["train"].num_identities,
+            auxiliary_weight=config.teacher.auxiliary_weight if start == "auxiliary" else 0.0,
+            train_encoders=start != "frozen",
+            epochs=config.teacher_epochs if epochs is None else epochs,
+            steps_per_epoch=_steps(config, loader),
+            evaluate=_evaluation(
+                data,
+                lambda: evaluate_teacher(
+                    teacher, data, "val", max_support=config.data.max_support, batch_size=config.eval_batch
+                ),
             ),
-        ),
-    )
-    return _finish(stage, teacher, loader, config, None if out is None else Path(out), resume)
+        )
+    return _finish(stage, teacher, loader, config, None if out is None else Path(out), resume, on_epoch)
 
 
 def fit_one_stage(
@@ -520,18 +544,19 @@ def fit_one_stage(
     model = make_model(config, data)
     teacher = make_teacher(config, data)
     loader = make_loader(config, data, config.data.support)
-    stage = OneStage(
-        config,
-        name,
-        model.student,
-        _augment(config, data),
-        num_identities=data.splits["train"].num_identities,
-        teacher=teacher,
-        auxiliary_weight=config.teacher.auxiliary_weight if config.teacher.start == "auxiliary" else 0.0,
-        epochs=config.epochs,
-        steps_per_epoch=_steps(config, loader),
-        evaluate=_evaluation(data, lambda: evaluate_student(model, data, "val", batch_size=config.eval_batch)),
-    )
+    with _weights_seed(config, 12):
+        stage = OneStage(
+            config,
+            name,
+            model.student,
+            _augment(config, data),
+            num_identities=data.splits["train"].num_identities,
+            teacher=teacher,
+            auxiliary_weight=config.teacher.auxiliary_weight if config.teacher.start == "auxiliary" else 0.0,
+            epochs=config.epochs,
+            steps_per_epoch=_steps(config, loader),
+            evaluate=_evaluation(data, lambda: evaluate_student(model, data, "val", batch_size=config.eval_batch)),
+        )
     result = _finish(stage, model, loader, config, None if out is None else Path(out), resume)
     model.eval()
     return result, teacher.eval()
