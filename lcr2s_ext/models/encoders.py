@@ -130,8 +130,8 @@ class _WindowBlock(nn.Module):
     """Pre-norm transformer block whose feed-forward layer reads a window of tokens; ``(B, L, d)`` to the same.
 
     A caption says "red" next to "jacket": a feed-forward layer over three tokens binds the two at once, which
-    self-attention over learnt positions has to find out from few captions. Self-attention over the whole caption follows;
-    it starts from zero.
+    self-attention over learnt positions has to find out from few captions. Self-attention over the whole caption
+    follows; it starts from zero.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, window: int, dropout: float) -> None:
