@@ -111,8 +111,10 @@ class SupportIndex:
         for name, value in (("max_support", max_support), ("seed", seed)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
-            if value < 0:
-                raise ValueError(f"`{name}` must not be negative, got {value}")
+            if not 0 <= value < 2**63:
+                raise ValueError(f"`{name}` must lie in [0, 2**63), got {value}")
+        if not isinstance(include_self, bool):
+            raise TypeError(f"`include_self` must be a bool, got {type(include_self).__name__}")
         indptr, indices = native.draw_support(
             ids.cpu().to(torch.int64).numpy(),
             max_support,
