@@ -17,7 +17,8 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(_PATH)
     except OSError as error:
-        # torch hides the loader's own words in the cause. They are part of every BackendUnavailableError; the reference and Triton backends still work.
+        # The reason is part of every BackendUnavailableError, the loader's own words (torch keeps them in the cause)
+        # included; the reference and Triton backends still work.
         message = f"{_PATH} could not be loaded by torch {torch.__version__}: {error.__cause__ or error}"
         warnings.warn(f"lcr2s_ext: {message}", RuntimeWarning, stacklevel=3)
         return message
