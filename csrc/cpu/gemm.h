@@ -16,6 +16,24 @@ constexpr int64_t kKc = 256;
 // Rows of A that one task packs: a multiple of kMr near 100.
 constexpr int64_t kMc = kMr * (LCR2S_VECTOR_BYTES == 64 ? 8 : 16);
 
+// Four consecutive elements of four rows, transposed: column q goes to dst + q * ld.
+template <class T>
+LCR2S_INLINE void transpose4(const T* src, int64_t row_stride, T* dst, int64_t ld) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  Four row[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&row[i], src + i * row_stride, sizeof(Four));
+  const Four ab_low = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Four ab_high = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Four cd_low = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Four cd_high = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Four column[4] = {
+      __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
+      __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) __builtin_memcpy(dst + q * ld, &column[q], sizeof(Four));
+}
+
 // B packed in column panels of kNr, each k x kNr and contiguous, the last one padded with zeros.
 template <class T>
 LCR2S_INLINE int64_t packed_size(int64_t k, int64_t n) {
@@ -31,12 +49,17 @@ static void pack_panels(const Parallel& parallel, const T* b, int64_t row_stride
     T* dst = packed + panel * nr * k;
     const int width = static_cast<int>(n - panel * nr < nr ? n - panel * nr : nr);
     const T* src = b + panel * nr * col_stride;
-    if (col_stride == 1) {
+    if (width < nr) {
       for (int64_t p = 0; p < k; ++p)
-        for (int j = 0; j < nr; ++j) dst[p * nr + j] = j < width ? src[p * row_stride + j] : T{0};
+        for (int j = 0; j < nr; ++j) dst[p * nr + j] = j < width ? src[p * row_stride + j * col_stride] : T{0};
+    } else if (col_stride == 1) {
+      for (int64_t p = 0; p < k; ++p) __builtin_memcpy(dst + p * nr, src + p * row_stride, nr * sizeof(T));
     } else {
-      for (int j = 0; j < nr; ++j)
-        for (int64_t p = 0; p < k; ++p) dst[p * nr + j] = j < width ? src[p * row_stride + j * col_stride] : T{0};
+      const int64_t quads = row_stride == 1 ? k / 4 * 4 : 0;
+      for (int64_t p = 0; p < quads; p += 4)
+        for (int j = 0; j < nr; j += 4) transpose4(src + p + j * col_stride, col_stride, dst + p * nr + j, nr);
+      for (int64_t p = quads; p < k; ++p)
+        for (int j = 0; j < nr; ++j) dst[p * nr + j] = src[p * row_stride + j * col_stride];
     }
   });
 }
@@ -58,24 +81,6 @@ LCR2S_INLINE void micro_kernel(int64_t kc, const T* __restrict a, const T* __res
   }
 }
 
-// Four consecutive elements of four rows, transposed: column q goes to dst + q * kMr.
-template <class T>
-LCR2S_INLINE void transpose4(const T* src, int64_t row_stride, T* dst) {
-  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
-  Four row[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) __builtin_memcpy(&row[i], src + i * row_stride, sizeof(Four));
-  const Four ab_low = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-  const Four ab_high = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-  const Four cd_low = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-  const Four cd_high = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-  const Four column[4] = {
-      __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
-      __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) __builtin_memcpy(dst + q * kMr, &column[q], sizeof(Four));
-}
-
 // Rows [0, m) and columns [0, kc) of A in strips of kMr rows: element (row i of strip s, column p) goes to
 // dst[(s * kc + p) * kMr + i]; rows beyond m are zero.
 template <class T>
@@ -94,7 +99,7 @@ LCR2S_INLINE void pack_strips(const T* a, int64_t a_row, int64_t a_col, int64_t 
       T* strip = dst + i0 * kc;
       for (int64_t p = 0; p < quads; p += 4) {
 #pragma GCC unroll 4
-        for (int i = 0; i < quad_rows; i += 4) transpose4(src + i * a_row + p, a_row, strip + p * kMr + i);
+        for (int i = 0; i < quad_rows; i += 4) transpose4(src + i * a_row + p, a_row, strip + p * kMr + i, kMr);
 #pragma GCC unroll 4
         for (int i = quad_rows; i < kMr; ++i)
           for (int q = 0; q < 4; ++q) strip[(p + q) * kMr + i] = src[i * a_row + p + q];
