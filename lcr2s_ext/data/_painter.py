@@ -62,8 +62,8 @@ class _Pen:
 
 
 def _background(draw: ImageDraw.ImageDraw, camera: int, scene: Stream) -> None:
-    wall = (90 + 26 * camera, 120 + 17 * ((camera * 2) % 5), 110 + 22 * ((camera * 3) % 5))
-    ground = (96 + 14 * ((camera * 3) % 5), 98 + 12 * ((camera * 2) % 5), 92 + 12 * camera)
+    wall = (128 + 10 * camera, 132 + 9 * ((camera * 2) % 5), 130 + 10 * ((camera * 3) % 5))
+    ground = (96 + 10 * ((camera * 3) % 5), 98 + 9 * ((camera * 2) % 5), 92 + 9 * camera)
     wall, ground = _shade(wall, scene.between(0.75, 1.2)), _shade(ground, scene.between(0.75, 1.2))
     horizon = scene.between(60, 100)
     draw.rectangle((0, 0, WIDTH, horizon), fill=wall)
@@ -386,10 +386,10 @@ def render(person: Person, view: str, facing: str, camera: int, scene: Stream, s
     image = Image.new("RGB", (WIDTH, HEIGHT))
     draw = ImageDraw.Draw(image)
     _background(draw, camera, scene)
-    scale = scene.between(0.84, 1.02)
+    scale = scene.between(0.90, 1.04)
     # Drawn looking to the viewer's right, which shows the person's right side.
     mirror = view == "side" and facing == "left"
-    pen = _Pen(draw, scene.between(-6, 6), scene.between(-3, 3), scale, mirror)
+    pen = _Pen(draw, scene.between(-5, 5), scene.between(-3, 3), scale, mirror)
     swing = scene.between(2, 9) * (1 if scene.chance(0.5) else -1)
     skin = _shade(person.skin, scene.between(0.92, 1.06))
     _legs(pen, person, view, swing, skin)
@@ -404,9 +404,9 @@ def render(person: Person, view: str, facing: str, camera: int, scene: Stream, s
         image = image.resize((width, height), Image.Resampling.BOX if smaller else Image.Resampling.BILINEAR)
     if scene.chance(0.4):
         image = image.filter(ImageFilter.GaussianBlur(scene.between(0.3, 0.9) * height / 64))
-    gain = scene.between(0.7, 1.2)
+    gain = scene.between(0.75, 1.15)
     cast = [gain * (1 + 0.05 * math.sin(1.3 * camera + 2.1 * c) + scene.between(-0.04, 0.04)) for c in range(3)]
-    deviation = scene.between(2.0, 9.0)
+    deviation = scene.between(2.0, 8.0)
     offset = scene.between(-8, 14)
     pixels = np.asarray(image, dtype=np.float32) * np.asarray(cast, dtype=np.float32)
     # A sum of uniform bytes is near enough to a normal deviate, costs little and is the same in every numpy.

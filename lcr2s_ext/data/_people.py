@@ -8,17 +8,15 @@ from lcr2s_ext.data._stream import Stream
 
 VIEWS = ("front", "back", "side")
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "black": (28, 28, 32),
+    "black": (26, 26, 30),
     "white": (236, 236, 232),
     "grey": (134, 134, 138),
     "red": (196, 34, 40),
     "blue": (38, 70, 180),
     "green": (36, 130, 62),
     "yellow": (226, 200, 48),
-    "brown": (116, 74, 40),
+    "brown": (122, 72, 30),
     "pink": (236, 136, 172),
-    "purple": (118, 54, 148),
-    "orange": (232, 122, 32),
 }
 CLOTH = tuple(COLOURS)
 HAIR_COLOURS: dict[str, tuple[int, int, int]] = {
@@ -51,24 +49,24 @@ class Slot:
 SLOTS: tuple[Slot, ...] = (
     Slot("gender", ("man", "woman")),
     Slot("hair", ("short hair", "long hair", "ponytail", "curly hair"), tuple(HAIR_COLOURS)),
-    Slot("headwear", ("cap", "beanie", "hat"), CLOTH, 0.40),
+    Slot("headwear", ("cap", "beanie", "hat"), CLOTH, 0.40, salience=2.0),
     Slot("glasses", ("glasses", "sunglasses"), (), 0.35, ("front",)),
     Slot("headphones", ("headphones",), CLOTH, 0.20),
     Slot("scarf", ("scarf", "tie"), CLOTH, 0.35, ("front",)),
-    Slot("top", ("t-shirt", "shirt", "jacket", "coat", "sweater"), CLOTH, salience=2.0),
+    Slot("top", ("t-shirt", "shirt", "jacket", "coat", "sweater"), CLOTH, salience=3.0),
     Slot("pattern", ("stripes", "checks", "dots"), CLOTH, 0.40),
     Slot("inner", ("inner shirt",), CLOTH, 1.0, ("front",)),
     Slot("logo", ("round logo", "square logo", "triangle logo"), CLOTH, 0.40, ("front",)),
-    Slot("print", ("round print", "cross print", "bar print"), CLOTH, 0.50, ("back",)),
+    Slot("print", ("round print", "cross print", "bar print"), CLOTH, 0.50, ("back",), salience=2.0),
     Slot("wristbands", ("wristbands",), CLOTH, 0.20),
     Slot("gloves", ("gloves",), CLOTH, 0.20),
     Slot("belt", ("belt",), CLOTH, 0.35, ("front", "side")),
-    Slot("lower", ("trousers", "shorts", "skirt", "jeans"), CLOTH, salience=2.0),
+    Slot("lower", ("trousers", "shorts", "skirt", "jeans"), CLOTH, salience=3.0),
     Slot("stripe", ("side stripe",), CLOTH, 0.35, ("side",)),
     Slot("socks", ("socks",), CLOTH, 0.70),
-    Slot("shoes", ("sneakers", "boots", "sandals"), CLOTH),
-    Slot("backpack", ("backpack",), CLOTH, 0.40, ("back", "side")),
-    Slot("handbag", ("handbag", "shoulder bag", "suitcase"), CLOTH, 0.40),
+    Slot("shoes", ("sneakers", "boots", "sandals"), CLOTH, salience=2.0),
+    Slot("backpack", ("backpack",), CLOTH, 0.40, ("back", "side"), salience=2.0),
+    Slot("handbag", ("handbag", "shoulder bag", "suitcase"), CLOTH, 0.40, salience=2.0),
     Slot("carried", ("umbrella", "cup", "book"), CLOTH, 0.40, ("front", "side")),
 )
 SLOT_NAMES = tuple(slot.name for slot in SLOTS)
