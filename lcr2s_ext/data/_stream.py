@@ -13,8 +13,8 @@ T = TypeVar("T")
 class Stream:
     """Uniform draws that depend on the seed and the keys alone.
 
-    Philox bits are guaranteed by numpy to stay the same between versions, and every draw below is made from
-    ``Generator.random`` by arithmetic of our own, so a corpus does not change with numpy.
+    numpy may change its distributions from one version to the next, but keeps its bit streams; so only the raw stream
+    and ``Generator.random`` are used, and every draw below is made from these by arithmetic of our own.
 
     Args:
         seed: Non-negative seed of the corpus.
