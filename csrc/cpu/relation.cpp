@@ -356,18 +356,17 @@ struct Cosines {
 
 template <class T>
 struct Limits;
-// |cosine| <= 1, so one shift below the largest possible logit serves the whole matrix while e^(-2 scale + lift) is
-// normal and sums of e^lift are finite.
+// |cosine| <= 1, so logits lie within [-scale, scale]: up to this scale their exponentials are normal numbers and sums
+// of 10^5 of them are finite, and no shift is needed. (A shift by `scale` would round every logit at the size of
+// `scale`.)
 template <>
 struct Limits<float> {
-  static constexpr float scale = 78;
-  static constexpr float lift = 70;
+  static constexpr float scale = 75;
   static constexpr int terms = 8;
 };
 template <>
 struct Limits<double> {
   static constexpr double scale = 300;
-  static constexpr double lift = 0;
   static constexpr int terms = 16;
 };
 
@@ -400,25 +399,25 @@ LCR2S_INLINE Vec<T> load_logits(const T* row, int64_t n, T scale) {
 
 // Shifts and sums of a tile: row i at rows.*[i * row_stride], column j at columns.*[j].
 template <class T>
-static void tile_sums(const T* tile, int64_t stride, int64_t m, int64_t n, T scale, bool fixed_shift, T shift,
-                      Sums<T> rows, int64_t row_stride, Sums<T> columns) {
+static void tile_sums(const T* tile, int64_t stride, int64_t m, int64_t n, T scale, bool shifted, Sums<T> rows,
+                      int64_t row_stride, Sums<T> columns) {
   constexpr int lanes = kLanes<T>;
   alignas(64) T column_sums[kTileColumns<T>];
   alignas(64) T column_shifts[kTileColumns<T>];
   const T lowest = -static_cast<T>(__builtin_inf());
   for (int64_t j = 0; j < n; j += lanes) store(column_sums + j, Vec<T>{});
-  if (fixed_shift) {
+  if (!shifted) {
     for (int64_t i = 0; i < m; ++i) {
       Vec<T> sum{};
       for (int64_t j = 0; j < n; j += lanes) {
-        const Vec<T> e = exp(load_logits(tile + i * stride + j, n - j, scale) - shift);
+        const Vec<T> e = exp(load_logits(tile + i * stride + j, n - j, scale));
         sum += e;
         store(column_sums + j, load(column_sums + j) + e);
       }
       rows.sum[i * row_stride] = sum_lanes<T>(sum);
-      rows.shift[i * row_stride] = shift;
+      rows.shift[i * row_stride] = 0;
     }
-    for (int64_t j = 0; j < n; ++j) column_shifts[j] = shift;
+    for (int64_t j = 0; j < n; ++j) column_shifts[j] = 0;
   } else {
     for (int64_t j = 0; j < n; j += lanes) store(column_shifts + j, broadcast<T>(lowest));
     for (int64_t i = 0; i < m; ++i) {
@@ -500,7 +499,7 @@ struct TileLoss {
 };
 
 // Loss terms of a tile and, unless `gradient` is null, dL/dx.
-template <class T, bool kFixedShift>
+template <class T, bool kShifted>
 static TileLoss tile_loss(const T* student, int64_t student_stride, T student_scale, const T* teacher,
                           int64_t teacher_stride, T teacher_scale, int64_t i0, int64_t m, int64_t j0, int64_t n,
                           const Axis<T>& rows, const Axis<T>& columns, T row_weight, T column_weight, T* gradient,
@@ -528,14 +527,14 @@ static TileLoss tile_loss(const T* student, int64_t student_stride, T student_sc
       // z - x, exact where scales agree and cosines are close.
       const Vec<T> apart =
           teacher_scale * (teacher_cosine - student_cosine) + (teacher_scale - student_scale) * student_cosine;
-      const Vec<T> student_exp = exp(x - row_student_shift);
-      const Vec<T> teacher_exp = exp(z - row_teacher_shift);
+      const Vec<T> student_exp = exp(kShifted ? x - row_student_shift : x);
+      const Vec<T> teacher_exp = exp(kShifted ? z - row_teacher_shift : z);
       Vec<T> row_slope, row_term, column_slope, column_term;
       divergence<T>(teacher_exp * row_teacher_inverse, student_exp * row_student_inverse, apart - row_delta, row_slope,
                     row_term);
       const int64_t column = j0 + j;
-      const Vec<T> column_student = kFixedShift ? student_exp : exp(x - get(columns.student_shift + column));
-      const Vec<T> column_teacher = kFixedShift ? teacher_exp : exp(z - get(columns.teacher_shift + column));
+      const Vec<T> column_student = kShifted ? exp(x - get(columns.student_shift + column)) : student_exp;
+      const Vec<T> column_teacher = kShifted ? exp(z - get(columns.teacher_shift + column)) : teacher_exp;
       divergence<T>(column_teacher * get(columns.teacher_inverse + column),
                     column_student * get(columns.student_inverse + column), apart - get(columns.delta + column),
                     column_slope, column_term);
@@ -622,9 +621,8 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
   keep(teacher_width >= width ? teacher : student);
   keep(teacher_width >= width ? student : teacher);
 
-  const auto fits = [](T scale) { return (scale < 0 ? -scale : scale) <= Limits<T>::scale; };
-  const bool fixed_shift = fits(student.scale) && fits(teacher.scale);
-  const auto shift_of = [](T scale) { return (scale < 0 ? -scale : scale) - Limits<T>::lift; };
+  const auto needs_no_shift = [](T scale) { return scale <= Limits<T>::scale && scale >= -Limits<T>::scale; };
+  const bool shifted = !(needs_no_shift(student.scale) && needs_no_shift(teacher.scale));
 
   // Partial sums of a slab: rows by column block, columns by row block; index 0 student, 1 teacher.
   Sums<T> row_parts[2];
@@ -658,8 +656,7 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
                               row_parts[model].sum + i0 * col_blocks + col_block};
         const Sums<T> to_columns{column_parts[model].shift + block * columns + j0,
                                  column_parts[model].sum + block * columns + j0};
-        tile_sums<T>(tile, stride, m, n, cosines.scale, fixed_shift, shift_of(cosines.scale), to_rows, col_blocks,
-                     to_columns);
+        tile_sums<T>(tile, stride, m, n, cosines.scale, shifted, to_rows, col_blocks, to_columns);
       }
     });
     for_rows(parallel, 0, rows, [&](int64_t row) {
@@ -700,7 +697,7 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
       int64_t teacher_stride;
       const T* x = student.tile(begin + i0, m, j0, n, student_scratch, false, &student_stride);
       const T* z = teacher.tile(begin + i0, m, j0, n, teacher_scratch, false, &teacher_stride);
-      const auto compute = fixed_shift ? &tile_loss<T, true> : &tile_loss<T, false>;
+      const auto compute = shifted ? &tile_loss<T, true> : &tile_loss<T, false>;
       losses[task] = compute(x, student_stride, student.scale, z, teacher_stride, teacher.scale, begin + i0, m, j0, n,
                              row_axis, column_axis, static_cast<T>(1.0 / static_cast<double>(count)),
                              static_cast<T>(1.0 / static_cast<double>(columns)),

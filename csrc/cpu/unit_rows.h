@@ -86,7 +86,12 @@ static void scale_difference(const Features& a, const Features& b, int64_t row, 
     const int count = segment_size(a.width, begin);
     widen(a, row, begin, count, first);
     widen(b, row, begin, count, second);
-    for (int i = 0; i < count; ++i) out[begin + i] = static_cast<T>(first[i] * factor_a - second[i] * factor_b);
+    // Rounded before they are subtracted, not fused: equal rows give exact zeros.
+    for (int i = 0; i < count; ++i) {
+      first[i] *= factor_a;
+      second[i] *= factor_b;
+    }
+    for (int i = 0; i < count; ++i) out[begin + i] = static_cast<T>(first[i] - second[i]);
   }
 }
 

@@ -6,8 +6,14 @@ from torch import Tensor
 from lcr2s_ext.reference.similarity import _cosine
 
 
-def _relations(image: Tensor, text: Tensor) -> Tensor:
-    return _cosine(image, text)[0]
+def _relations(
+    student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cosines of the student and of the teacher in the widest dtype of the four; no gradient to the teacher."""
+    features = (student_image, student_text, teacher_image, teacher_text)
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in features) else torch.float32
+    image, text, soft_image, soft_text = (tensor.to(dtype) for tensor in features)
+    return _cosine(image, text)[0], _cosine(soft_image, soft_text)[0].detach()
 
 
 def relation_frobenius_loss(
@@ -15,7 +21,8 @@ def relation_frobenius_loss(
 ) -> Tensor:
     """See :func:`lcr2s_ext.ops.relation_frobenius_loss`."""
     with torch.autocast(student_image.device.type, enabled=False):
-        difference = _relations(student_image, student_text) - _relations(teacher_image, teacher_text).detach()
+        student, teacher = _relations(student_image, student_text, teacher_image, teacher_text)
+        difference = student - teacher
         total = difference.square().sum()
         rows, columns = difference.shape
         return total / {"sum": 1, "row": rows, "mean": rows * columns}[reduction]
@@ -38,6 +45,6 @@ def relation_kl_loss(
 ) -> Tensor:
     """See :func:`lcr2s_ext.ops.relation_kl_loss`."""
     with torch.autocast(student_image.device.type, enabled=False):
-        student = student_scale * _relations(student_image, student_text)
-        teacher = (teacher_scale * _relations(teacher_image, teacher_text)).detach()
+        student, teacher = _relations(student_image, student_text, teacher_image, teacher_text)
+        student, teacher = student_scale * student, teacher_scale * teacher
         return _divergence(student, teacher) + _divergence(student.T, teacher.T)
