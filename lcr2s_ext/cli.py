@@ -139,7 +139,7 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
 def _table(title: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
     directions = list(metrics)
     keys = [key for key in metrics[directions[0]] if not key.startswith("queries")]
-    rows = [[title, *keys, "queries", "without positive"]]
+    rows = [["", *keys, "queries", "without positive"]]
     for direction in directions:
         values = metrics[direction]
         rows.append(
@@ -151,10 +151,11 @@ def _table(title: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(line))
         for line in (list(zip(row, widths, strict=True)) for row in rows)
-    )
+    ]
+    return "\n".join([f"{title} (%)", *lines])
 
 
 def _demo(args: argparse.Namespace) -> int:

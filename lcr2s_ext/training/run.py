@@ -53,6 +53,7 @@ CONFIG_FILE = "train.yaml"
 RESULTS_FILE = "results.json"
 MODEL_FOLDER = "model"
 STAGE_FILE = "stage.json"
+CHECKPOINT_FILE = "last.ckpt"
 STAGE_WEIGHTS = "best.safetensors"
 DEFAULT_BATCH = 64
 
@@ -340,7 +341,7 @@ def _fit(
         callbacks.append(
             ModelCheckpoint(
                 dirpath=folder,
-                filename="last",
+                filename=Path(CHECKPOINT_FILE).stem,
                 save_top_k=1,
                 every_n_epochs=1,
                 save_on_train_epoch_end=True,
@@ -358,7 +359,7 @@ def _fit(
         from lightning.pytorch.callbacks import LambdaCallback
 
         callbacks.append(LambdaCallback(on_train_epoch_end=lambda trainer, _: on_epoch(trainer.current_epoch + 1)))
-    checkpoint = None if folder is None else folder / "last.ckpt"
+    checkpoint = None if folder is None else folder / CHECKPOINT_FILE
     with warnings.catch_warnings():
         # Advice on workers, log intervals and folders that exist: each is a choice made here.
         warnings.filterwarnings("ignore", module=r"lightning\..*")
@@ -501,8 +502,7 @@ def fit_teacher(
     start = config.teacher.start
     if start in ("warm", "frozen") and init is None:
         raise ValueError(f"init: teacher.start={start} needs a trained dual encoder to start from, got None")
-    if config.data.support == "none":
-        raise ConfigError("data.support: a teacher needs drawn or batch support, got none")
+    _check_support(config)
     teacher = make_teacher(config, data, init)
     loader = make_loader(config, data, config.data.support)
     with _weights_seed(config, 12):
@@ -539,8 +539,7 @@ def fit_one_stage(
     The distillation weights should rise over ``distill.ramp_epochs``: with full weights from the first step both
     collapse.
     """
-    if config.data.support == "none":
-        raise ConfigError("data.support: a teacher needs drawn or batch support, got none")
+    _check_support(config)
     model = make_model(config, data)
     teacher = make_teacher(config, data)
     loader = make_loader(config, data, config.data.support)
@@ -564,6 +563,11 @@ def fit_one_stage(
 
 def _evaluation(data: TrainingData, evaluate: Callable[[], Retrieval]) -> Callable[[], Retrieval] | None:
     return evaluate if data.has("val") else None
+
+
+def _check_support(config: TrainConfig) -> None:
+    if config.data.support == "none":
+        raise ConfigError("data.support: a teacher needs drawn or batch support, got none")
 
 
 def _stage_done(folder: Path | None) -> Path | None:
@@ -637,6 +641,11 @@ def train(
         raise ConfigError("out: resuming needs the folder of the run")
     if data is None:
         data = prepare_data(config)
+    # What cannot work is said before anything is written.
+    _steps(config, make_loader(config, data, "none"))
+    if config.method != "plain":
+        _check_support(config)
+    make_teacher(config, data)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         dump_config(config, out / CONFIG_FILE)
@@ -730,7 +739,7 @@ _FREE_KEYS = ("out", "progress", "loggers", "log_every", "data.workers", "data.c
 def _open_run(config: TrainConfig, out: Path, resume: bool) -> None:
     saved = out / CONFIG_FILE
     if not resume:
-        if saved.is_file():
+        if saved.is_file() and any(list(out.glob(f"*/{name}")) for name in (CHECKPOINT_FILE, STAGE_FILE)):
             raise TrainingError(f"out: {out} already holds a run; give another folder, or resume it")
         return
     if not saved.is_file():
