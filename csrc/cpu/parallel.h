@@ -4,8 +4,8 @@
 
 namespace lcr2s::cpu {
 
-// The kernels' only view of the thread pool: csrc/ops binds it to torch::stable::parallel_for, unit tests may bind it to
-// a plain loop. Work is cut into tasks by the shape alone, so that results do not depend on the number of threads.
+// The kernels' only view of the thread pool: csrc/ops binds it to torch::stable::parallel_for, unit tests may bind it
+// to a plain loop. Work is cut into tasks by the shape alone, so that results do not depend on the number of threads.
 struct Parallel {
   using Body = void (*)(int64_t task, void* context);
   void (*run)(int64_t tasks, Body body, void* context);
