@@ -48,6 +48,16 @@ template <class T>
 LCR2S_INLINE Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
 }
+// v itself, as one rounded value: without this a product may or may not be contracted with the sum it goes into, and the
+// same logit would differ between two passes.
+template <class T>
+LCR2S_INLINE Vec<T> rounded(Vec<T> v) {
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(v);
+#else
+  return v;
+#endif
+}
 // The first n lanes; the others are zero.
 template <class T>
 LCR2S_INLINE Vec<T> load_partial(const T* p, int n) {

@@ -247,8 +247,8 @@ static void tile_statistics(const Tile<T>& tile, const T* cosine, T* row_out, in
 
   const auto logits = [&](const T* c, V a, int64_t j, Mask<T> inside, V& x, V& y) __attribute__((always_inline)) {
     const V value = load(c + j);
-    x = inside ? value * a : low;
-    y = Policy::kUniform ? x : value * load(tile.column_scale + j);
+    x = inside ? rounded<T>(value * a) : low;
+    y = Policy::kUniform ? x : rounded<T>(value * load(tile.column_scale + j));
   };
 
   for (int64_t i = 0; i < tile.rows; ++i) {
@@ -359,13 +359,13 @@ static void tile_gradient(const Tile<T>& tile, const T* cosine, int64_t ld_cosin
       const Mask<T> positive = load_labels<T>(tile.column_label + j) == label;
       V of_column[coefficients];
       for (int f = 0; f < coefficients; ++f) of_column[f] = load(column_coefficient + f * column_stride + j);
-      const V x = a * value;
+      const V x = rounded<T>(a * value);
       if constexpr (Policy::kUniform) {
         store(g + j, Policy::gradient(x, positive, of_row) + Policy::gradient(x, positive, of_column));
       } else {
         const V b = load(tile.column_scale + j);
         const V by_row = Policy::gradient(x, positive, of_row);
-        const V by_column = Policy::gradient(b * value, positive, of_column);
+        const V by_column = Policy::gradient(rounded<T>(b * value), positive, of_column);
         store(g + j, a * by_row + b * by_column);
         row_total += inside ? by_row * value : V{};
         store(column_total + j, load(column_total + j) + by_column * value);
