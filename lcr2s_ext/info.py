@@ -27,6 +27,32 @@ def _native_build() -> dict[str, str]:
     return dict(native.build_info())
 
 
+def _no_gpu() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return f"torch was built for CUDA {torch.version.cuda} but finds no usable GPU"
+
+
+def _backend_lines(backend: str, no_gpu: str | None) -> list[str]:
+    """Whether a backend runs here, and the operators it has and lacks."""
+    device = torch.device("cpu" if backend == "cpu" else "cuda")
+    reasons = {op: _backend.unavailable_reason(op, backend, device) for op in _backend.OPERATORS}
+    held = [op for op, reason in reasons.items() if reason is None]
+    missing = sorted({reason.replace(op, "OPERATOR") for op, reason in reasons.items() if reason is not None})
+    if backend != "cpu" and no_gpu is not None:
+        lines = [f"{backend}: cannot run here: {no_gpu}"]
+    else:
+        lines = [f"{backend}: runs here" if held else f"{backend}: cannot run here"]
+    if len(held) == len(reasons):
+        lines.append("  kernels: every operator")
+    else:
+        lines.append(f"  kernels: {', '.join(held) or 'none'}")
+        lines += [f"  the other operators: {reason.replace(' for OPERATOR', '')}" for reason in missing]
+    return lines
+
+
 def report() -> str:
     """The whole report, one fact a line."""
     lines = [
@@ -44,26 +70,15 @@ def report() -> str:
         lines.append(f"  missing: {_library.LOAD_ERROR}")
     lines += [f"  {key}: {value or 'none'}" for key, value in _native_build().items()]
     lines += ["", "GPU:"]
-    if torch.cuda.is_available():
+    no_gpu = _no_gpu()
+    if no_gpu is None:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
             lines.append(f"  cuda:{index} {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
-    elif torch.version.cuda is None:
-        lines.append("  none: this torch was built without CUDA")
     else:
-        lines.append(f"  none: torch was built for CUDA {torch.version.cuda} but finds no usable GPU")
-    lines += ["", "backends by operator (on CPU tensors, then on CUDA tensors):"]
-    for op in _backend.OPERATORS:
-        for device in ("cpu", "cuda"):
-            runs, not_here = [], []
-            for backend in _backend.BACKENDS[1:]:
-                reason = _backend.unavailable_reason(op, backend, torch.device(device))
-                if reason is None:
-                    runs.append(backend)
-                elif not reason.startswith("the tensors are on"):
-                    not_here.append(f"{backend}: {reason}")
-            missing = f"; {'; '.join(not_here)}" if not_here else ""
-            lines.append(f"  {op:<20} {device:<5} {', '.join(runs)}{missing}")
+        lines.append(f"  none: {no_gpu}")
+    lines += ["", "backends:", "  reference: runs here, every operator (plain PyTorch)"]
+    lines += [f"  {line}" for backend in ("cpu", "cuda", "triton") for line in _backend_lines(backend, no_gpu)]
     return "\n".join(lines)
 
 
