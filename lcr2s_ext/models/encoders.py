@@ -114,7 +114,8 @@ class TinyImageEncoder(nn.Module):
                 nn.ReLU(inplace=True),
             ]
         # channels_last is the faster layout for these widths on a CPU (docs/training.md has the measurement).
-        self.features = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.features = nn.Sequential(*layers)
+        self.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(self.grid[0] * self.grid[1] * widths[-1], output_width)
 

@@ -30,6 +30,7 @@ class SavedTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer file ({error})") from error
         padding, truncation = self._tokenizer.padding, self._tokenizer.truncation
+        self._max_length = int(truncation["max_length"]) if truncation else 0
         if not truncation or not padding or padding.get("pad_id") != 0:
             raise ValueError(f"{path}: expected a tokenizer with a maximum length and padding with id 0")
 
@@ -41,7 +42,7 @@ class SavedTokenizer:
     @property
     def max_length(self) -> int:
         """Longest row in tokens."""
-        return int(self._tokenizer.truncation["max_length"])
+        return self._max_length
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """int64 ``(n, L)`` token ids, padded with 0."""
