@@ -54,7 +54,14 @@ _SETTINGS = (
     "model.image_encoder={dropout: 0.3}",
     "model.text_encoder={heads: 0, dropout: 0.2}",
 )
-_QUICK = {"identities": [12, 6, 6], "epochs": 1, "teacher_epochs": 1, "fusion_epochs": 1, "batch_size": 16, "jobs": 1}
+_QUICK: dict[str, Any] = {
+    "identities": [12, 6, 6],
+    "epochs": 1,
+    "teacher_epochs": 1,
+    "fusion_epochs": 1,
+    "batch_size": 16,
+    "jobs": 1,
+}
 _QUERIES = 12
 
 
