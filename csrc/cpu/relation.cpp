@@ -78,14 +78,30 @@ struct Side {
   Features student;
   Features teacher;
   Part part;
+  double* student_inverse;
+  double* teacher_inverse;
+
+  Side(const Features& student_rows, const Features& teacher_rows, Part which, const Memory& memory,
+       const Parallel& parallel)
+      : student(student_rows),
+        teacher(teacher_rows),
+        part(which),
+        student_inverse(memory.take<double>(student.rows)),
+        teacher_inverse(memory.take<double>(student.rows)) {
+    for_rows(parallel, 0, student.rows, [&](int64_t row) {
+      student_inverse[row] = inverse_norm(student, row);
+      teacher_inverse[row] = inverse_norm(teacher, row);
+    });
+  }
 
   bool difference() const { return student.width == teacher.width; }
   int64_t width() const { return student.width + teacher.width; }
 
+  // A row of U or R and, unless null, the student's unit row.
   template <class T>
-  void row(int64_t index, T* out, T* unit, double* inverse) const {
-    const double of_student = inverse_norm(student, index);
-    const double of_teacher = inverse_norm(teacher, index);
+  void row(int64_t index, T* out, T* unit) const {
+    const double of_student = student_inverse[index];
+    const double of_teacher = teacher_inverse[index];
     T* second = out + student.width;
     if (part == Part::image) {
       if (difference()) {
@@ -103,7 +119,6 @@ struct Side {
       }
     }
     if (unit != nullptr) scale_row(student, index, of_student, unit);
-    if (inverse != nullptr) *inverse = of_student;
   }
 };
 
@@ -122,7 +137,7 @@ static void gram_matrix(const Side& side, const Parallel& parallel, T* rows, T* 
   for (int64_t begin = 0; begin < side.student.rows; begin += kGramRows) {
     const int64_t count = smaller(kGramRows, side.student.rows - begin);
     for_rows(parallel, begin, begin + count,
-             [&](int64_t row) { side.row<T>(row, rows + (row - begin) * width, nullptr, nullptr); });
+             [&](int64_t row) { side.row<T>(row, rows + (row - begin) * width, nullptr); });
     pack_panels<T>(parallel, rows, width, 1, count, width, packed);
     parallel.for_each(tiles, [&](int64_t task) {
       int64_t block = 0;
@@ -143,19 +158,19 @@ static void gram_matrix(const Side& side, const Parallel& parallel, T* rows, T* 
 // normalisation.
 template <class T>
 static void gram_gradient(const Side& side, const Parallel& parallel, double factor, const T* packed, T* rows, T* unit,
-                          double* inverse, T* grad) {
+                          T* grad) {
   const int64_t width = side.width();
   const int64_t out = side.student.width;
   for (int64_t begin = 0; begin < side.student.rows; begin += kGramRows) {
     const int64_t end = smaller(begin + kGramRows, side.student.rows);
     for_rows(parallel, begin, end, [&](int64_t row) {
       const int64_t at = row - begin;
-      side.row<T>(row, rows + at * width, unit + at * out, inverse + at);
+      side.row<T>(row, rows + at * width, unit + at * out);
     });
     gemm<T>(parallel, rows, width, 1, end - begin, width, packed, out, grad + begin * out, out, false);
     for_rows(parallel, begin, end, [&](int64_t row) {
       const int64_t at = row - begin;
-      project_row(grad + row * out, unit + at * out, out, factor, inverse[at]);
+      project_row(grad + row * out, unit + at * out, out, factor, side.student_inverse[row]);
     });
   }
 }
@@ -191,11 +206,9 @@ static void frobenius_gram(const RelationFrobeniusArgs& args, const Side& image,
   if (relation.grad_image == nullptr && relation.grad_text == nullptr) return;
   T* coefficients = take_packed<T>(memory, width, out);
   T* unit = memory.take<T>(chunk * out);
-  double* inverse = memory.take<double>(chunk);
   if (relation.grad_image != nullptr) {
     pack_panels<T>(parallel, text_gram, width, 1, width, out, coefficients);
-    gram_gradient<T>(image, parallel, 2 * args.factor, coefficients, rows, unit, inverse,
-                     static_cast<T*>(relation.grad_image));
+    gram_gradient<T>(image, parallel, 2 * args.factor, coefficients, rows, unit, static_cast<T*>(relation.grad_image));
   }
   if (relation.grad_text != nullptr) {
     if (image.difference())
@@ -203,8 +216,7 @@ static void frobenius_gram(const RelationFrobeniusArgs& args, const Side& image,
         for (int64_t j = 0; j < out; ++j) image_gram[i * width + j] += image_gram[i * width + out + j];
       });
     pack_panels<T>(parallel, image_gram, width, 1, width, out, coefficients);
-    gram_gradient<T>(text, parallel, 2 * args.factor, coefficients, rows, unit, inverse,
-                     static_cast<T*>(relation.grad_text));
+    gram_gradient<T>(text, parallel, 2 * args.factor, coefficients, rows, unit, static_cast<T*>(relation.grad_text));
   }
 }
 
@@ -220,9 +232,7 @@ static void frobenius_direct(const RelationFrobeniusArgs& args, const Side& imag
   const int64_t columns = text.student.rows;
 
   T* text_rows = memory.take<T>(columns * width);
-  double* text_inverse = memory.take<double>(columns);
-  for_rows(parallel, 0, columns,
-           [&](int64_t row) { text.row<T>(row, text_rows + row * width, nullptr, text_inverse + row); });
+  for_rows(parallel, 0, columns, [&](int64_t row) { text.row<T>(row, text_rows + row * width, nullptr); });
   T* packed = take_packed<T>(memory, width, columns);
   pack_panels<T>(parallel, text_rows, 1, width, width, columns, packed);
 
@@ -230,7 +240,6 @@ static void frobenius_direct(const RelationFrobeniusArgs& args, const Side& imag
   T* difference = memory.take<T>(slab * columns);
   T* image_rows = memory.take<T>(slab * width);
   T* image_unit = memory.take<T>(slab * out);
-  double* image_inverse = memory.take<double>(slab);
   const SlabGradients<T> gradients = slab_gradients<T>(relation, parallel, text_rows, width, slab);
   const int64_t col_blocks = ceil_div(columns, kTileColumns<T>);
   double* sums = memory.take<double>(ceil_div(slab, kMc) * col_blocks);
@@ -238,9 +247,8 @@ static void frobenius_direct(const RelationFrobeniusArgs& args, const Side& imag
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += slab) {
     const int64_t rows = smaller(slab, count - begin);
-    for_rows(parallel, 0, rows, [&](int64_t row) {
-      image.row<T>(begin + row, image_rows + row * width, image_unit + row * out, image_inverse + row);
-    });
+    for_rows(parallel, 0, rows,
+             [&](int64_t row) { image.row<T>(begin + row, image_rows + row * width, image_unit + row * out); });
     const int64_t tasks = ceil_div(rows, kMc) * col_blocks;
     parallel.for_each(tasks, [&](int64_t task) {
       const int64_t i0 = task / col_blocks * kMc;
@@ -268,12 +276,13 @@ static void frobenius_direct(const RelationFrobeniusArgs& args, const Side& imag
     if (gradients.grad_image != nullptr)
       for_rows(parallel, 0, rows, [&](int64_t row) {
         project_row(gradients.grad_image + (begin + row) * out, image_unit + row * out, out, 2 * args.factor,
-                    image_inverse[row]);
+                    image.student_inverse[begin + row]);
       });
   }
   if (gradients.grad_text != nullptr)
     for_rows(parallel, 0, columns, [&](int64_t row) {
-      project_row(gradients.grad_text + row * out, text_rows + row * width, out, 2 * args.factor, text_inverse[row]);
+      project_row(gradients.grad_text + row * out, text_rows + row * width, out, 2 * args.factor,
+                  text.student_inverse[row]);
     });
   *static_cast<T*>(relation.loss) = static_cast<T>(args.factor * total);
 }
@@ -281,8 +290,8 @@ static void frobenius_direct(const RelationFrobeniusArgs& args, const Side& imag
 template <class T>
 static void frobenius(const RelationFrobeniusArgs& args, const Parallel& parallel) {
   const RelationArgs& relation = args.relation;
-  const Side image{relation.student_image, relation.teacher_image, Part::image};
-  const Side text{relation.student_text, relation.teacher_text, Part::text};
+  const Side image(relation.student_image, relation.teacher_image, Part::image, relation.memory, parallel);
+  const Side text(relation.student_text, relation.teacher_text, Part::text, relation.memory, parallel);
   const double rows = static_cast<double>(image.student.rows);
   const double columns = static_cast<double>(text.student.rows);
   const double width = static_cast<double>(image.width());
