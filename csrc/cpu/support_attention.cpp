@@ -77,21 +77,36 @@ LCR2S_INLINE Vec<A> sum_in_runs(int64_t count, const F& term) {
   return total;
 }
 
-// out = scale * sum over j < count of weight(j) * row(j), in the order of j, `Vectors` vectors of one head at a time.
-template <int Vectors, class T, class Row, class Weight>
-LCR2S_INLINE void sum_block(int64_t count, const Row& row, const Weight& weight, Accumulate<T> scale, int64_t offset,
-                            T* out) {
+// The summands of one sum: entry e has row rows[e] of `source` and the heads' weights at weights + e * heads. They are
+// the entries first .. first + count, or the ones that `entries` lists.
+template <class T>
+struct Summands {
+  int64_t count;
+  int64_t first;
+  const int64_t* entries;
+  const int64_t* rows;
+  RowsOf<T> source;
+  const Accumulate<T>* weights;
+  int64_t heads;
+
+  LCR2S_INLINE int64_t entry(int64_t j) const { return entries ? entries[j] : first + j; }
+};
+
+// out[offset ..] = scale * the weighted sum of `Vectors` vectors of one head, in the order of the entries.
+template <int Vectors, class T>
+LCR2S_INLINE void sum_block(const Summands<T>& summands, int64_t head, int64_t offset, Accumulate<T> scale, T* out) {
   using A = Accumulate<T>;
   constexpr int lanes = kLanes<A>;
   Vec<A> totals[Vectors] = {};
-  for (int64_t run = 0; run < count; run += kRun) {
-    const int64_t end = count - run < kRun ? count : run + kRun;
+  for (int64_t run = 0; run < summands.count; run += kRun) {
+    const int64_t end = summands.count - run < kRun ? summands.count : run + kRun;
     Vec<A> sums[Vectors] = {};
     for (int64_t j = run; j < end; ++j) {
-      const A w = weight(j);
-      const T* source = row(j) + offset;
+      const int64_t entry = summands.entry(j);
+      const A weight = summands.weights[entry * summands.heads + head];
+      const T* source = summands.source[summands.rows[entry]] + offset;
 #pragma GCC unroll 8
-      for (int u = 0; u < Vectors; ++u) sums[u] += w * load_accumulate(source + u * lanes);
+      for (int u = 0; u < Vectors; ++u) sums[u] += weight * load_accumulate(source + u * lanes);
     }
 #pragma GCC unroll 8
     for (int u = 0; u < Vectors; ++u) totals[u] += sums[u];
@@ -100,25 +115,39 @@ LCR2S_INLINE void sum_block(int64_t count, const Row& row, const Weight& weight,
   for (int u = 0; u < Vectors; ++u) store_accumulate(out + offset + u * lanes, scale * totals[u]);
 }
 
-// The same for all heads of one row: weight(j) points to the heads' weights of the j-th summand.
-template <class T, class Row, class Weights>
-LCR2S_INLINE void weighted_sum(int64_t count, int64_t heads, int64_t width, const Row& row, const Weights& weights,
-                               Accumulate<T> scale, T* out) {
+// The same for all heads of one row.
+template <class T>
+__attribute__((noinline)) void weighted_sum(const Summands<T>& given, int64_t width, Accumulate<T> scale, T* out) {
   using A = Accumulate<T>;
   constexpr int lanes = kLanes<A>;
-  for (int64_t head = 0; head < heads; ++head) {
-    const auto weight = [&](int64_t j) { return weights(j)[head]; };
+  const Summands<T> summands = given;
+  for (int64_t head = 0; head < summands.heads; ++head) {
     const int64_t begin = head * width;
     int64_t at = 0;
-    for (; at + 8 * lanes <= width; at += 8 * lanes) sum_block<8>(count, row, weight, scale, begin + at, out);
-    for (; at + 2 * lanes <= width; at += 2 * lanes) sum_block<2>(count, row, weight, scale, begin + at, out);
-    for (; at + lanes <= width; at += lanes) sum_block<1>(count, row, weight, scale, begin + at, out);
+    for (; at + 8 * lanes <= width; at += 8 * lanes) sum_block<8>(summands, head, begin + at, scale, out);
+    for (; at + 2 * lanes <= width; at += 2 * lanes) sum_block<2>(summands, head, begin + at, scale, out);
+    for (; at + lanes <= width; at += lanes) sum_block<1>(summands, head, begin + at, scale, out);
     if (at < width) {
       const int rest = static_cast<int>(width - at);
-      const Vec<A> sum =
-          sum_in_runs<A>(count, [&](int64_t j) { return weight(j) * load_accumulate(row(j) + begin + at, rest); });
+      const Vec<A> sum = sum_in_runs<A>(summands.count, [&](int64_t j) {
+        const int64_t entry = summands.entry(j);
+        return summands.weights[entry * summands.heads + head] *
+               load_accumulate(summands.source[summands.rows[entry]] + begin + at, rest);
+      });
       store_accumulate(out + begin + at, scale * sum, rest);
     }
+  }
+}
+
+// scores(entry, head) = scale * the dot product of the head of `a` with that of the entry's row.
+template <class T>
+__attribute__((noinline)) void dot_products(const T* a, const Summands<T>& given, int64_t width, Accumulate<T> scale,
+                                            Accumulate<T>* scores) {
+  const Summands<T> summands = given;
+  for (int64_t entry = summands.first; entry < summands.first + summands.count; ++entry) {
+    const T* b = summands.source[summands.rows[entry]];
+    for (int64_t head = 0; head < summands.heads; ++head)
+      scores[entry * summands.heads + head] = scale * dot(a + head * width, b + head * width, width);
   }
 }
 
@@ -165,14 +194,12 @@ void softmax_backward(int64_t count, int64_t heads, const A* probs, A* grad_scor
   });
 }
 
-// No software prefetch: the hardware follows rows of this length, and on Zen 3 prefetching them made this pass 1.4x
-// slower.
+// No software prefetch: on Zen 3 it made no difference that could be told from noise.
 template <class T>
 void forward(const SupportAttentionArgs& args, const Parallel& parallel) {
   using A = Accumulate<T>;
   const SupportAttentionShape& s = args.shape;
   const RowsOf<T> query(args.query), key(args.key), value(args.value);
-  const A scale = static_cast<A>(s.scale);
   A* probs = static_cast<A*>(args.probs);
   T* out = static_cast<T*>(args.out);
   const int64_t value_elements = s.heads * s.value_width;
@@ -181,17 +208,11 @@ void forward(const SupportAttentionArgs& args, const Parallel& parallel) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = s.indptr[i];
       const int64_t count = s.indptr[i + 1] - first;
-      const int64_t* rows = s.indices + first;
-      A* weights = probs + first * s.heads;
-      for (int64_t j = 0; j < count; ++j) {
-        const T* source = key[rows[j]];
-        for (int64_t head = 0; head < s.heads; ++head)
-          weights[j * s.heads + head] = scale * dot(query[i] + head * s.width, source + head * s.width, s.width);
-      }
-      softmax(count, s.heads, weights);
-      weighted_sum(
-          count, s.heads, s.value_width, [&](int64_t j) { return value[rows[j]]; },
-          [&](int64_t j) { return weights + j * s.heads; }, A{1}, out + i * value_elements);
+      const Summands<T> keys{count, first, nullptr, s.indices, key, nullptr, s.heads};
+      dot_products(query[i], keys, s.width, static_cast<A>(s.scale), probs);
+      softmax(count, s.heads, probs + first * s.heads);
+      const Summands<T> values{count, first, nullptr, s.indices, value, probs, s.heads};
+      weighted_sum(values, s.value_width, A{1}, out + i * value_elements);
     }
   });
 }
@@ -209,48 +230,37 @@ void backward(const SupportAttentionBackwardArgs& args, const Parallel& parallel
   T* grad_value = static_cast<T*>(args.grad_value);
   const int64_t key_elements = s.heads * s.width;
   const int64_t value_elements = s.heads * s.value_width;
+  const int64_t row_elements = key_elements + value_elements;
 
   // Query pass: the gradient of the scores, kept, and that of the query.
   if (grad_query || grad_key) {
-    for_row_ranges(parallel, s.indptr, s.queries, key_elements + value_elements, [&](int64_t begin, int64_t end) {
+    for_row_ranges(parallel, s.indptr, s.queries, row_elements, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = s.indptr[i];
         const int64_t count = s.indptr[i + 1] - first;
-        const int64_t* rows = s.indices + first;
-        A* weights = grad_scores + first * s.heads;
-        for (int64_t j = 0; j < count; ++j) {
-          const T* source = value[rows[j]];
-          for (int64_t head = 0; head < s.heads; ++head)
-            weights[j * s.heads + head] =
-                dot(grad_out[i] + head * s.value_width, source + head * s.value_width, s.value_width);
-        }
-        softmax_backward(count, s.heads, probs + first * s.heads, weights);
-        if (grad_query)
-          weighted_sum(
-              count, s.heads, s.width, [&](int64_t j) { return key[rows[j]]; },
-              [&](int64_t j) { return weights + j * s.heads; }, scale, grad_query + i * key_elements);
+        const Summands<T> values{count, first, nullptr, s.indices, value, nullptr, s.heads};
+        dot_products(grad_out[i], values, s.value_width, A{1}, grad_scores);
+        softmax_backward(count, s.heads, probs + first * s.heads, grad_scores + first * s.heads);
+        if (!grad_query) continue;
+        const Summands<T> keys{count, first, nullptr, s.indices, key, grad_scores, s.heads};
+        weighted_sum(keys, s.width, scale, grad_query + i * key_elements);
       }
     });
   }
 
   // Pool-row pass over the transposed index: every row has one writer and sums its users in one order.
   if (grad_key || grad_value) {
-    for_row_ranges(
-        parallel, args.t_indptr, s.pool_rows, key_elements + value_elements, [&](int64_t begin, int64_t end) {
-          for (int64_t r = begin; r < end; ++r) {
-            const int64_t first = args.t_indptr[r];
-            const int64_t count = args.t_indptr[r + 1] - first;
-            const int64_t* entries = args.t_entries + first;
-            if (grad_key)
-              weighted_sum(
-                  count, s.heads, s.width, [&](int64_t j) { return query[args.entry_rows[entries[j]]]; },
-                  [&](int64_t j) { return grad_scores + entries[j] * s.heads; }, scale, grad_key + r * key_elements);
-            if (grad_value)
-              weighted_sum(
-                  count, s.heads, s.value_width, [&](int64_t j) { return grad_out[args.entry_rows[entries[j]]]; },
-                  [&](int64_t j) { return probs + entries[j] * s.heads; }, A{1}, grad_value + r * value_elements);
-          }
-        });
+    for_row_ranges(parallel, args.t_indptr, s.pool_rows, row_elements, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t first = args.t_indptr[r];
+        const int64_t count = args.t_indptr[r + 1] - first;
+        const int64_t* users = args.t_entries + first;
+        const Summands<T> queries{count, 0, users, args.entry_rows, query, grad_scores, s.heads};
+        const Summands<T> upstream{count, 0, users, args.entry_rows, grad_out, probs, s.heads};
+        if (grad_key) weighted_sum(queries, s.width, scale, grad_key + r * key_elements);
+        if (grad_value) weighted_sum(upstream, s.value_width, A{1}, grad_value + r * value_elements);
+      }
+    });
   }
 }
 

@@ -125,7 +125,7 @@ const char* support_attention(const SupportAttentionArgs& args, void* stream) {
     case DType::float16:
       return forward<Half>(args, stream);
   }
-  return "unknown dtype";
+  return "float64 has no kernel, use the reference";
 }
 
 const char* support_attention_backward(const SupportAttentionBackwardArgs& args, void* stream) {
@@ -139,7 +139,7 @@ const char* support_attention_backward(const SupportAttentionBackwardArgs& args,
     case DType::float16:
       return backward<Half>(args, stream);
   }
-  return "unknown dtype";
+  return "float64 has no kernel, use the reference";
 }
 
 }  // namespace lcr2s::cuda
