@@ -113,15 +113,17 @@ struct Matching {
   static constexpr int kMaxima = 1, kSums = 3, kCoefficients = 4;
   static constexpr bool kUniform = !kProjection;
 
-  // sum e^(x - m), sum e^(x - m) (x - m), sum of e^(x - m) over positives
+  // sum e^(x - m) over positives, sum e^(x - m) (x - m) over all, sum e^(x - m) over negatives: the small one of the
+  // two masses keeps its digits
   LCR2S_INLINE static void add(Vec<T>, Vec<T> below, Mask<T> positive, Vec<T>* sums) {
     const Vec<T> e = exp(below);
-    sums[0] += e;
+    const Vec<T> of_positive = positive ? e : Vec<T>{};
+    sums[0] += of_positive;
     sums[1] += e * below;
-    sums[2] += positive ? e : Vec<T>{};
+    sums[2] += e - of_positive;
   }
   LCR2S_INLINE static void rescale(Vec<T>* sums, const Vec<T>* shift, const Vec<T>* by) {
-    sums[1] = by[0] * (sums[1] + sums[0] * shift[0]);
+    sums[1] = by[0] * (sums[1] + (sums[0] + sums[2]) * shift[0]);
     sums[0] *= by[0];
     sums[2] *= by[0];
   }
@@ -135,10 +137,11 @@ struct Matching {
       const double count = static_cast<double>(positives);
       la = __builtin_log(1.0 / (args.l2_target ? __builtin_sqrt(count) : count) + args.eps);
     }
-    const double total = state[1];
+    const double of_positive = state[1];
+    const double of_negative = state[3];
+    const double total = of_positive + of_negative;
     const double log_total = __builtin_log(total);
-    const double on_positives = state[3] / total;
-    const double loss = state[2] / total - log_total - la * on_positives - lb * (1.0 - on_positives);
+    const double loss = (state[2] - la * of_positive - lb * of_negative) / total - log_total;
     out[0] = state[0];
     out[1] = static_cast<T>(weight / total);
     out[2] = static_cast<T>(log_total + la + loss);
@@ -335,8 +338,9 @@ static void merge_statistics(const Parallel& parallel, const T* parts, int64_t t
   });
 }
 
-// G of a tile from its cosines, which it may overwrite. Where the factors of the logits are norms (not kUniform), also
-// sum_j (dL/dx_ij) c_ij of its rows and sum_i (dL/dy_ij) c_ij of its columns.
+// G of a tile from its cosines, which it may overwrite, and what the factors of the logits need: with one factor for
+// all, sum_j G_ij c_ij of every row; with norms, sum_j (dL/dx_ij) c_ij of its rows and sum_i (dL/dy_ij) c_ij of its
+// columns.
 template <class T, class Policy>
 static void tile_gradient(const Tile<T>& tile, const T* cosine, int64_t ld_cosine, const T* row_coefficient,
                           int64_t row_stride, const T* column_coefficient, int64_t column_stride, T* out,
@@ -361,7 +365,9 @@ static void tile_gradient(const Tile<T>& tile, const T* cosine, int64_t ld_cosin
       for (int f = 0; f < coefficients; ++f) of_column[f] = load(column_coefficient + f * column_stride + j);
       const V x = rounded<T>(a * value);
       if constexpr (Policy::kUniform) {
-        store(g + j, Policy::gradient(x, positive, of_row) + Policy::gradient(x, positive, of_column));
+        const V both = Policy::gradient(x, positive, of_row) + Policy::gradient(x, positive, of_column);
+        store(g + j, both);
+        row_total += inside ? both * value : V{};
       } else {
         const V b = load(tile.column_scale + j);
         const V by_row = Policy::gradient(x, positive, of_row);
@@ -371,7 +377,7 @@ static void tile_gradient(const Tile<T>& tile, const T* cosine, int64_t ld_cosin
         store(column_total + j, load(column_total + j) + by_column * value);
       }
     });
-    if constexpr (!Policy::kUniform) row_sum[i] = sum_lanes<T>(row_total);
+    row_sum[i] = sum_lanes<T>(row_total);
   }
   if constexpr (!Policy::kUniform)
     __builtin_memcpy(column_sum, column_total, static_cast<size_t>(tile.columns) * sizeof(T));
@@ -447,8 +453,8 @@ struct Side {
     return sum;
   }
 
-  // From the gradient of the unit rows to that of the raw rows, in place; returns sum_i (gradient . unit row).
-  double project(const Parallel& parallel, double factor) const {
+  // From the gradient of the unit rows to that of the raw rows, in place.
+  void project(const Parallel& parallel, double factor) const {
     const int64_t width = features->width;
     for_rows(parallel, 0, direction.rows, [&](int64_t i) {
       T* g = gradient + i * width;
@@ -460,16 +466,12 @@ struct Side {
         for (int q = 0; q < 8; ++q) sums[q] += static_cast<double>(g[at + q]) * static_cast<double>(u[at + q]);
       double along = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
       for (; at < width; ++at) along += static_cast<double>(g[at]) * static_cast<double>(u[at]);
-      loss[i] = along;
       const double by = factor * inverse_norm[i];
       double along_unit = -by * along;
       if constexpr (!Policy::kUniform) along_unit += static_cast<double>(norm_gradient[i]);
       for (int64_t k = 0; k < width; ++k)
         g[k] = static_cast<T>(by * static_cast<double>(g[k]) + along_unit * static_cast<double>(u[k]));
     });
-    double sum = 0.0;
-    for (int64_t i = 0; i < direction.rows; ++i) sum += loss[i];
-    return sum;
   }
 };
 
@@ -504,8 +506,6 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
   const bool need_gradient = args.grad_image != nullptr || args.grad_text != nullptr || args.grad_scale != nullptr;
   T* grad_image = static_cast<T*>(args.grad_image);
   T* grad_text = static_cast<T*>(args.grad_text);
-  // The scale's gradient is a sum over the rows of either side's gradient.
-  if (need_gradient && grad_image == nullptr && grad_text == nullptr) grad_image = args.memory.take<T>(rows * width);
 
   S image, text;
   image.start(args, parallel, args.image, columns, args.image_labels, args.image_positives, grad_image);
@@ -517,8 +517,9 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
   const int64_t budget = args.workspace_bytes / static_cast<int64_t>(sizeof(T));
   const int64_t ld_kept = padded(columns);
   const bool keep = need_gradient && rows * ld_kept <= budget;
-  int64_t block_columns = at_most(padded(columns), kBlockColumns);
-  int64_t block_rows = at_most(rows, kBlockRows);
+  // Whole tiles, so that no vector of statistics reaches over the end of a block.
+  int64_t block_columns = at_most(ceil_div(columns, kTileColumns) * kTileColumns, kBlockColumns);
+  int64_t block_rows = at_most(ceil_div(rows, kTileRows) * kTileRows, kBlockRows);
   while (block_rows > kTileRows && block_rows * block_columns > budget) block_rows -= kTileRows;
   while (block_columns > kTileColumns && block_rows * block_columns > budget) block_columns -= kTileColumns;
   const int64_t row_tiles = ceil_div(block_rows, kTileRows), column_tiles = ceil_div(block_columns, kTileColumns);
@@ -580,6 +581,7 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
     for (int64_t i = 0; i < image.stride; ++i) image.norm_gradient[i] = T{0};
     for (int64_t j = 0; j < text.stride; ++j) text.norm_gradient[j] = T{0};
   }
+  double of_scale = 0.0;
   const bool one_text_block = columns <= block_columns;
   for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
     const int64_t n = at_most(columns - j0, block_columns);
@@ -602,9 +604,15 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
                                  image.coefficient + i0 + i, image.stride, text.coefficient + j0 + j, text.stride, out,
                                  ld, row_parts + p * row_stride + i, column_parts + q * column_stride + j);
       });
+      for (int64_t p = 0; p < ceil_div(n, kTileColumns); ++p)
+        for (int64_t i = 0; i < m; ++i) {
+          if constexpr (Policy::kUniform) {
+            of_scale += static_cast<double>(row_parts[p * row_stride + i]);
+          } else {
+            image.norm_gradient[i0 + i] += row_parts[p * row_stride + i];
+          }
+        }
       if constexpr (!Policy::kUniform) {
-        for (int64_t p = 0; p < ceil_div(n, kTileColumns); ++p)
-          for (int64_t i = 0; i < m; ++i) image.norm_gradient[i0 + i] += row_parts[p * row_stride + i];
         for (int64_t q = 0; q < ceil_div(m, kTileRows); ++q)
           for (int64_t j = 0; j < n; ++j) text.norm_gradient[j0 + j] += column_parts[q * column_stride + j];
       }
@@ -616,9 +624,8 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
       }
     }
   }
-  double of_scale = 0.0;
-  if (grad_text != nullptr) of_scale = text.project(parallel, uniform.factor);
-  if (grad_image != nullptr) of_scale = image.project(parallel, uniform.factor);
+  if (grad_image != nullptr) image.project(parallel, uniform.factor);
+  if (grad_text != nullptr) text.project(parallel, uniform.factor);
   if (args.grad_scale != nullptr) *static_cast<T*>(args.grad_scale) = static_cast<T>(of_scale);
 }
 
