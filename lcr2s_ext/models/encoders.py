@@ -113,7 +113,6 @@ class TinyImageEncoder(nn.Module):
                 nn.BatchNorm2d(width_out),
                 nn.ReLU(inplace=True),
             ]
-        # channels_last is the faster layout for these widths on a CPU (docs/training.md has the measurement).
         self.features = nn.Sequential(*layers)
         self.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dropout = nn.Dropout(dropout)

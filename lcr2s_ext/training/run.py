@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import sys
@@ -422,7 +421,6 @@ def _finish(
     resume: bool,
     on_epoch: Callable[[int], None] | None = None,
 ) -> StageResult:
-    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     seconds, steps = _fit(stage, loader, config, folder, resume=resume, on_epoch=on_epoch)
@@ -759,19 +757,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks instead of returning them to the system (no effect elsewhere).
-
-    Training small models on a CPU frees and takes the same megabytes at each operation; faulting their pages in
-    again took a fifth of the step (docs/training.md).
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):
-        return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    for option, value in ((mmap_threshold, 32 << 20), (trim_threshold, 512 << 20), (top_pad, 64 << 20)):
-        library.mallopt(option, value)

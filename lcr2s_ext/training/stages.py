@@ -183,7 +183,7 @@ class Stage(pl.LightningModule):
 
     def training_step(self, batch: PersonBatch, batch_idx: int) -> Tensor:
         seed = self.config.seed
-        # Not torch.manual_seed: it formats a stack trace for every absent accelerator, which took 2 ms a step.
+        # Not torch.manual_seed: for every absent accelerator it formats a stack trace.
         _generator(self.device).manual_seed(step_seed(seed, batch.epoch, batch.step, 1))
         images = self.__dict__["_augment"](batch.images, step_seed(seed, batch.epoch, batch.step, 2))
         terms = self.losses(images, batch)
