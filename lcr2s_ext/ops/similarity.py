@@ -77,7 +77,7 @@ def info_nce_loss(
         BackendUnavailableError: the backend cannot run here.
 
     References:
-        van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748, eq. 4;
+        van den Oord et al., "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748, eq. 4;
         symmetric over images and texts as in Radford et al. (CLIP), arXiv 2103.00020.
     """
     image, text = _check_features(image, text)
