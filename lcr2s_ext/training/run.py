@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcr2s_ext.data import (
@@ -54,6 +55,7 @@ MODEL_FOLDER = "model"
 STAGE_FILE = "stage.json"
 CHECKPOINT_FILE = "last.ckpt"
 STAGE_WEIGHTS = "best.safetensors"
+TEACHER_WEIGHTS = "teacher.safetensors"
 DEFAULT_BATCH = 64
 
 
@@ -573,12 +575,14 @@ def _stage_done(folder: Path | None) -> Path | None:
     return done if done is not None and done.is_file() else None
 
 
+def _plain(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+
+
 def _saved_stage(
     folder: Path | None, resume: bool, weights: Callable[[], torch.nn.Module], fit: Callable[[], StageResult]
 ) -> StageResult:
     """The result of a stage: read where a run to be resumed has finished it, else trained and written."""
-    from safetensors.torch import load_file, save_file
-
     done = _stage_done(folder) if resume else None
     if folder is not None and done is not None:
         saved = json.loads(done.read_text(encoding="utf-8"))
@@ -590,10 +594,7 @@ def _saved_stage(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         target = result.model.student if isinstance(result.model, LCR2S) else result.model
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in target.state_dict().items()},
-            str(folder / STAGE_WEIGHTS),
-        )
+        save_file(_plain(target), str(folder / STAGE_WEIGHTS))
         record = {
             "name": result.name,
             "val": result.val,
@@ -674,15 +675,22 @@ def train(
 
     teacher: Teacher | None = None
     if config.method == "one_stage":
-        joint: list[Teacher] = []
+        teacher = make_teacher(config, data)
+        joint = teacher.state_dict()
+        kept = None if out is None else out / "one_stage" / TEACHER_WEIGHTS
 
         def fit_both(folder: Path | None) -> StageResult:
             result, trained = fit_one_stage(config, data, out=folder, resume=resume)
-            joint.append(trained)
+            joint.update(trained.state_dict())
+            if kept is not None:
+                save_file(_plain(trained), str(kept))
             return result
 
         model = run_stage("one_stage", student, fit_both)
-        teacher = joint[0] if joint else None
+        if resume and kept is not None:
+            joint = load_file(str(kept))
+        teacher.load_state_dict(joint)
+        teacher.eval()
     else:
         if config.method == "lcr2s":
             init = None

@@ -250,6 +250,24 @@ def test_one_stage(config_of: Configure, data: TrainingData) -> None:
     assert result.val is not None
 
 
+def test_one_stage_run_resumes_with_its_teacher(
+    config_of: Configure, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(config_of("method=one_stage"), data)
+    parts = config_of("method=one_stage", f"out={tmp_path}")
+    with monkeypatch.context() as patch:
+        crash_at(patch, epoch=1, step=1)
+        with pytest.raises(CrashError):
+            train(parts, data)
+    for _ in range(2):  # the second time nothing is left to train
+        resumed = train(parts, data, resume=True)
+        assert same(weights(whole.model), weights(resumed.model))
+        assert whole.teacher is not None
+        assert resumed.teacher is not None
+        assert same(weights(whole.teacher), weights(resumed.teacher))
+        assert whole.teacher_test == resumed.teacher_test
+
+
 @pytest.mark.parametrize("align", ["info_nce", "cmpm", "tal"])
 def test_other_losses(config_of: Configure, data: TrainingData, align: str) -> None:
     extra = ["loss.learn_logit_scale=true"] if align == "info_nce" else []
