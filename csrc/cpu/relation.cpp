@@ -13,7 +13,7 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Columns of the tile that one task works on: with kMc rows it stays in the second-level cache.
 template <class T>
 constexpr int64_t kTileColumns = 1024 / static_cast<int64_t>(sizeof(T));
-static_assert(kTileColumns<float> % kNr<float> == 0 && kTileColumns<double> % kNr<double> == 0);
+static_assert(kTileColumns<float> / 2 % kNr<float> == 0 && kTileColumns<double> / 2 % kNr<double> == 0);
 
 template <class T>
 static T* take_packed(const Memory& memory, int64_t k, int64_t n) {
@@ -129,7 +129,8 @@ constexpr int64_t kGramRows = 1024;
 template <class T>
 static void gram_matrix(const Side& side, const Parallel& parallel, T* rows, T* packed, T* gram) {
   const int64_t width = side.width();
-  constexpr int64_t columns = kTileColumns<T>;
+  // Narrow tiles: less of them lies below the diagonal in vain.
+  constexpr int64_t columns = kTileColumns<T> / 2;
   const int64_t col_blocks = ceil_div(width, columns);
   const int64_t row_blocks = ceil_div(width, kMc);
   int64_t tiles = 0;
