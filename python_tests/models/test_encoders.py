@@ -82,3 +82,37 @@ def test_any_module_with_a_stated_width_is_an_encoder() -> None:
     v, t = model(torch.randn(2, 3, 8, 4), torch.tensor([[1, 2], [3, 0]]))
     assert v.shape == t.shape == (2, 16)
     assert isinstance(DualEncoder(image, TinyTextEncoder(9, 10)).text_projection, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.5])
+def test_dropout_drops_and_scales_as_many_as_it_says(probability: float) -> None:
+    encoder = TinyImageEncoder(8, dropout=probability)
+    ones = torch.ones(400, 501, requires_grad=True)
+    out = encoder.dropout(ones)
+    rate = float((out == 0).double().mean())
+    # 200 400 decisions: five standard deviations of their mean, and the rounding of the probability to 1/256.
+    assert abs(rate - probability) < 0.0056 + 1 / 512
+    kept = out.detach()[out.detach() != 0]
+    assert torch.allclose(kept, kept[:1])
+    assert abs(float(kept[0]) * (1 - probability) - 1) < 0.004
+    out.sum().backward()
+    assert ones.grad is not None
+    assert torch.equal(ones.grad, out.detach())
+    columns = (out == 0).double().mean(0)
+    assert float(columns.min()) > probability - 0.16
+    assert float(columns.max()) < probability + 0.16
+    encoder.eval()
+    assert torch.equal(encoder.dropout(ones), ones)
+
+
+def test_dropout_follows_the_generator_and_compiles() -> None:
+    encoder = TinyImageEncoder(8, dropout=0.3)
+    ones = torch.ones(7, 5)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(encoder.dropout(ones))
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], encoder.dropout(ones))
+    compiled = torch.compile(encoder.dropout, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.ones(50, 50)).unique().tolist() == pytest.approx([0.0, 1 / 0.7])
