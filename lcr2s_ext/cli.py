@@ -175,7 +175,7 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lcr2s",
         description="Fused kernels for cross-modal retrieval and distillation, and LCR²S trained on them.",
-        epilog="Exit codes: 0 done, 1 a problem was found or the command failed, 2 wrong usage.",
+        epilog="Exit codes: 0 done, 1 a problem was found or the command failed, 2 wrong usage, 130 interrupted.",
     )
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -283,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        hint = f"; {name} --out OUT --resume goes on after the last whole epoch" if args.command == "train" else ""
+        print(f"{name}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is wrong, and nothing more can be said.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -383,11 +384,17 @@ def _fit(
         stage.train()
         for logger in loggers:
             logger.log_hyperparams({"stage": stage.stage_name, "seed": config.seed})
-        trainer.fit(
-            stage,
-            loader,
-            ckpt_path=str(checkpoint) if resume and checkpoint is not None and checkpoint.is_file() else None,
-        )
+        interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(
+                stage,
+                loader,
+                ckpt_path=str(checkpoint) if resume and checkpoint is not None and checkpoint.is_file() else None,
+            )
+        except SystemExit as leaving:
+            # Lightning turns an interrupt into an exit of the process and ignores further ones; callers decide here.
+            signal.signal(signal.SIGINT, interrupt)
+            raise KeyboardInterrupt from leaving
     if stage.best_state is not None:
         stage.model.load_state_dict(stage.best_state)
     stage.model.eval()

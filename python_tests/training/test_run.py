@@ -1,6 +1,7 @@
 """Stages and whole runs on a very small corpus."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,19 @@ def test_resume_needs_a_run(config_of: Configure, data: TrainingData, tmp_path: 
         train(config_of(f"out={tmp_path}"), data, resume=True)
     with pytest.raises(ConfigError, match="out: resuming"):
         train(config_of(), data, resume=True)
+
+
+def test_interrupt_reaches_the_caller_and_leaves_its_handler(
+    config_of: Configure, data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(TrainingDataset, "make_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit_student(config_of(), data)
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_workers_do_not_change_a_run(config_of: Configure, data: TrainingData) -> None:
