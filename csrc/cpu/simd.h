@@ -3,10 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
-// SIMD through the compiler's vector extensions: one source for AVX-512, AVX2 and any other machine. The build compiles each
-// family once per instruction set with LCR2S_ISA (namespace) and LCR2S_VECTOR_BYTES (vector width) set. Everything here lives
-// in that namespace, is inlined, and uses no template of the standard library: a function shared between differently compiled
-// copies could bring instructions to a processor that lacks them.
+// SIMD through the compiler's vector extensions: one source for AVX-512, AVX2 and any other machine. The build compiles
+// each family once per instruction set with LCR2S_ISA (namespace) and LCR2S_VECTOR_BYTES (vector width) set. Everything
+// here lives in that namespace, is inlined, and uses no template of the standard library: a function shared between
+// differently compiled copies could bring instructions to a processor that lacks them.
 #ifndef LCR2S_ISA
 #error "compile through CMakeLists.txt, which sets LCR2S_ISA and LCR2S_VECTOR_BYTES"
 #endif
@@ -48,8 +48,8 @@ template <class T>
 LCR2S_INLINE Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
 }
-// v itself, as one rounded value: without this a product may or may not be contracted with the sum it goes into, and the
-// same logit would differ between two passes.
+// v itself, as one rounded value: without this a product may or may not be contracted with the sum it goes into, and
+// the same logit would differ between two passes.
 template <class T>
 LCR2S_INLINE Vec<T> rounded(Vec<T> v) {
 #if __has_builtin(__builtin_assoc_barrier)
@@ -78,8 +78,8 @@ LCR2S_INLINE T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
-// e^x for every lane. float: Cody-Waite reduction and a degree-6 polynomial, below 2 ulp on [-87.3, 88.7]; smaller x gives 0,
-// larger x infinity, NaN stays NaN. double: libm.
+// e^x for every lane. float: Cody-Waite reduction and a degree-6 polynomial, below 2 ulp on [-87.3, 88.7]; smaller x
+// gives 0, larger x infinity, NaN stays NaN. double: libm.
 LCR2S_INLINE Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   using I = Mask<float>;
