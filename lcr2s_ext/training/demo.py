@@ -546,7 +546,7 @@ def _machine(cores: int) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     import importlib.metadata
 
-    from lcr2s_ext import __version__
+    from lcr2s_ext._version import __version__
 
     found = {"lcr2s_ext": __version__, "python": platform.python_version()}
     for package in ("torch", "lightning", "kornia", "tokenizers", "numpy"):
