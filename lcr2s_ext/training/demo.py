@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -370,7 +371,8 @@ def _train(runs: Sequence[_Run], jobs: int, threads: int, say: _Sayer) -> None:
         return
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads, messages))
+    stop = context.Event()
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads, messages, stop))
     pending: dict[Future[StageOutcome], tuple[_Run, str]] = {}
     try:
         while any(len(one.outcomes) < len(one.stages) for one in runs):
@@ -387,6 +389,8 @@ def _train(runs: Sequence[_Run], jobs: int, threads: int, say: _Sayer) -> None:
                 one.outcomes[name] = future.result()
                 progress.done((one.name, name), one.outcomes[name])
     finally:
+        # After a failure the other stages end with their epoch instead of running to their end unheard.
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -414,19 +418,34 @@ def _drain(messages: Any) -> Iterator[tuple[tuple[str, str], int]]:
 
 
 _worker_messages: Any = None
+_worker_stop: Any = None
 _corpora: dict[str, Any] = {}
 
 
-def _start_worker(threads: int, messages: Any) -> None:
+def _start_worker(threads: int, messages: Any, stop: Any) -> None:
     import torch
 
-    global _worker_messages
-    _worker_messages = messages
+    global _worker_messages, _worker_stop
+    _worker_messages, _worker_stop = messages, stop
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A killed parent cannot stop its workers, which would train on for nobody.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _stage_in_worker(stage: StagePlan, config: TrainConfig, folder: Path, key: tuple[str, str]) -> StageOutcome:
-    return _stage(stage, config, folder, lambda epochs: _worker_messages.put((key, epochs)))
+    def on_epoch(epochs: int) -> None:
+        if _worker_stop.is_set():
+            raise InterruptedError("another stage failed")
+        _worker_messages.put((key, epochs))
+
+    return _stage(stage, config, folder, on_epoch)
 
 
 def _stage(stage: StagePlan, config: TrainConfig, folder: Path, on_epoch: Callable[[int], None]) -> StageOutcome:
