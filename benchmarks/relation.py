@@ -3,15 +3,14 @@
     python benchmarks/relation.py --batch 1024 4096 --compile --csv results.csv
 
 Forward and backward to both student features. Every candidate's value and gradients are checked against float64 before
-its time is printed. Times are the 20th, 50th and 80th percentile in ms over interleaved rounds.
+its time is printed. Rounds are interleaved (side_by_side.compare).
 """
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from side_by_side import Candidate, append_csv, compare, machine, report, verify
+from side_by_side import Candidate, compare, parse_arguments, report, verify
 from torch import Tensor
 
 from lcr2s_ext.ops import relation_frobenius_loss, relation_kl_loss
@@ -74,26 +73,18 @@ def measure(op: str, batch: int, args: argparse.Namespace) -> list[dict[str, obj
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", choices=["frobenius", "kl"], nargs="+", default=["frobenius", "kl"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 4096], help="image rows, as many text rows")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--teacher-width", type=int, default=512)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager forms")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    print(machine())
+    args = parse_arguments(parser)
     for op in args.op:
         for batch in args.batch:
             rows = measure(op, batch, args)
-            report(f"{op}: B = N = {batch}, d = {args.width}, teacher {args.teacher_width}, {args.dtype}", rows)
-            if args.csv:
-                append_csv(args.csv, rows)
+            title = f"{op}: B = N = {batch}, d = {args.width}, teacher {args.teacher_width}, {args.dtype}"
+            report(title, rows, args.csv)
 
 
 if __name__ == "__main__":

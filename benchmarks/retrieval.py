@@ -3,15 +3,14 @@
     python benchmarks/retrieval.py --queries 6156 --gallery 3074 --compile --csv results.csv
 
 The default sizes are those of CUHK-PEDES' test split, text to image. Every candidate's metrics and scores are checked
-against float64 before its time is printed. Times are the 20th, 50th and 80th percentile in ms over interleaved rounds.
+against float64 before its time is printed. Rounds are interleaved (side_by_side.compare).
 """
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from side_by_side import Candidate, append_csv, compare, machine, report, verify
+from side_by_side import Candidate, compare, parse_arguments, report, verify
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -75,19 +74,13 @@ def measure_topk(query: Tensor, gallery: Tensor, args: argparse.Namespace) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--queries", type=int, default=6156)
     parser.add_argument("--gallery", type=int, default=3074)
     parser.add_argument("--identities", type=int, default=1000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--k", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager forms")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parse_arguments(parser)
     generator = torch.Generator().manual_seed(0)
     query_ids = torch.arange(args.queries) * args.identities // args.queries
     gallery_ids = torch.arange(args.gallery) * args.identities // args.gallery
@@ -95,16 +88,14 @@ def main() -> None:
     query, gallery = (
         centres[i] + 4 * torch.randn(len(i), args.width, generator=generator) for i in (query_ids, gallery_ids)
     )
-    print(machine())
     title = f"{args.queries} x {args.gallery}, d = {args.width}"
     shape = {"queries": args.queries, "gallery": args.gallery, "width": args.width}
     for op, rows in (
         ("retrieval_metrics", measure_metrics(query, gallery, (query_ids, gallery_ids), args)),
         ("topk_similarity", measure_topk(query, gallery, args)),
     ):
-        report(f"{op}: {title}" + (f", k = {args.k}" if op.startswith("topk") else ""), rows)
-        if args.csv:
-            append_csv(args.csv, [{"op": op, **shape, **row} for row in rows])
+        named = [{"op": op, **shape, **row} for row in rows]
+        report(f"{op}: {title}" + (f", k = {args.k}" if op.startswith("topk") else ""), named, args.csv)
 
 
 if __name__ == "__main__":

@@ -3,43 +3,22 @@
     python benchmarks/similarity.py --batch 1024 4096 --loss sdm info_nce --compile --csv results.csv
 
 Batches of pairs with about four rows of every identity. Each candidate's value and gradients are checked against
-float64 before its time is printed. Rounds are interleaved: each candidate runs once a round, so that whatever else the
-machine does meets all of them. Times are the 20th, 50th and 80th percentile in ms; cpu is the median processor time of
-all threads, which other programs disturb less. Memory is the growth of the resident size, sampled while one forward and
-backward runs (Linux), the gradients included.
+float64 before its time is printed. Rounds are interleaved (side_by_side.compare).
 """
 
 import argparse
-import csv
-import ctypes
-import datetime
-import os
-import platform
-import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from side_by_side import Candidate, compare, parse_arguments, report, verify
 from torch import Tensor
 
 from lcr2s_ext.ops import cmpm_loss, info_nce_loss, sdm_loss, tal_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SCALE = 50.0
-
-
-def machine() -> str:
-    """The processor and the software that the figures belong to."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line.split(":", 1) for line in info.read_text().splitlines() if ":" in line]
-        fields = {key.strip(): value.strip() for key, value in lines}
-        name = f"{fields.get('model name', name)} family {fields.get('cpu family')} model {fields.get('model')}"
-    isa = ("portable", "avx2", "avx512")[torch.ops.lcr2s.cpu_isa()]
-    return f"{name}, {torch.get_num_threads()} threads, {isa} kernels, torch {torch.__version__}"
+KERNEL = "lcr2s_ext cpu"
 
 
 def eager_sdm(image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
@@ -75,7 +54,7 @@ def candidates(loss: str, ids: Tensor, with_compile: bool) -> dict[str, Loss]:
     found = {"eager": eager}
     if with_compile:
         found["torch.compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
-    found["lcr2s_ext cpu"] = ours
+    found[KERNEL] = ours
     return found
 
 
@@ -83,51 +62,6 @@ def forward_backward(loss: Loss, inputs: list[Tensor]) -> list[Tensor]:
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     value = loss(*leaves)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
-
-
-def verify(name: str, loss: Loss, inputs: list[Tensor], exact: list[Tensor]) -> None:
-    tolerance = 1e-3 if inputs[0].dtype == torch.float32 else 4e-2
-    for part, ours, oracle in zip(("loss", "d image", "d text"), forward_backward(loss, inputs), exact, strict=True):
-        error = float((ours.double() - oracle).abs().max() / oracle.abs().max())
-        if not error <= tolerance:
-            raise SystemExit(f"{name}: {part} is off by {error:.1e} relative to float64; no times are reported")
-
-
-def peak_memory(loss: Loss, inputs: list[Tensor]) -> float:
-    """Largest growth of the resident size seen during one forward and backward, in MiB; NaN where /proc is missing."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return float("nan")
-
-    def resident() -> int:
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    forward_backward(loss, inputs)
-    # Freed blocks that the C library keeps would hide what the next call takes.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, resident())
-            time.sleep(0.0005)
-
-    before = resident()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        forward_backward(loss, inputs)
-    finally:
-        done.set()
-        watcher.join()
-    return (peak - before) / 2**20
-
-
-def quantiles(seconds: list[float]) -> list[float]:
-    return torch.quantile(torch.tensor(seconds) * 1e3, torch.tensor([0.2, 0.5, 0.8])).tolist()
 
 
 def measure(loss: str, batch: int, args: argparse.Namespace) -> list[dict[str, object]]:
@@ -140,75 +74,26 @@ def measure(loss: str, batch: int, args: argparse.Namespace) -> list[dict[str, o
     inputs = [((centres[ids] + 3 * sample) / args.width**0.5).to(dtype) for sample in noise]
     found = candidates(loss, ids, args.compile)
     exact = forward_backward(found["eager"], [tensor.double() for tensor in inputs])
+    checked: dict[str, Candidate] = {}
     for name, function in found.items():
-        verify(name, function, inputs, exact)
-    memory = {name: peak_memory(function, inputs) for name, function in found.items()}
-    wall: dict[str, list[float]] = {name: [] for name in found}
-    cpu: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(args.rounds):
-        for name, function in found.items():
-            start, start_cpu = time.perf_counter(), time.process_time()
-            forward_backward(function, inputs)
-            wall[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - start_cpu)
-    ours, ours_cpu = quantiles(wall["lcr2s_ext cpu"])[1], quantiles(cpu["lcr2s_ext cpu"])[1]
-    rows = []
-    for name in found:
-        low, middle, high = quantiles(wall[name])
-        processor = quantiles(cpu[name])[1]
-        rows.append(
-            {
-                "op": loss,
-                "batch": batch,
-                "width": args.width,
-                "dtype": args.dtype,
-                "candidate": name,
-                "both_ms_p20": round(low, 3),
-                "both_ms": round(middle, 3),
-                "both_ms_p80": round(high, 3),
-                "times_the_kernel": round(middle / ours, 2),
-                "cpu_ms": round(processor, 3),
-                "cpu_times_the_kernel": round(processor / ours_cpu, 2),
-                "memory_mib": round(memory[name], 1),
-            }
-        )
-    return rows
+        checked[name] = lambda function=function: forward_backward(function, inputs)
+        verify(f"{loss}, {name}", checked[name](), exact, 1e-3 if dtype == torch.float32 else 4e-2)
+    rows = compare(checked, KERNEL, args.rounds)
+    return [{"op": loss, "batch": batch, "width": args.width, "dtype": args.dtype, **row} for row in rows]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     losses = ["sdm", "info_nce", "cmpm", "tal"]
     parser.add_argument("--loss", nargs="+", choices=losses, default=losses)
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 4096], help="rows of each side")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager forms")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    where, when = machine(), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    print(where)
+    args = parse_arguments(parser)
     for batch in args.batch:
-        print(f"\nB = N = {batch}, d = {args.width}, {args.dtype}")
-        print(f"{'':26}{'forward + backward [p20, p80]':>34}{'ratio':>9}{'cpu':>11}{'ratio':>9}{'memory':>13}")
         for loss in args.loss:
             rows = measure(loss, batch, args)
-            for row in rows:
-                spread = f"{row['both_ms']:.1f} [{row['both_ms_p20']:.1f}, {row['both_ms_p80']:.1f}] ms"
-                print(
-                    f"{loss:10}{row['candidate']:16}{spread:>34}{row['times_the_kernel']:>8}x{row['cpu_ms']:>8.0f} ms"
-                    f"{row['cpu_times_the_kernel']:>8}x{row['memory_mib']:>9.0f} MiB"
-                )
-            if args.csv:
-                fresh = not args.csv.exists()
-                with args.csv.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, [*rows[0], "machine", "time"])
-                    if fresh:
-                        writer.writeheader()
-                    writer.writerows({**row, "machine": where, "time": when} for row in rows)
+            report(f"{loss}: B = N = {batch}, d = {args.width}, {args.dtype}", rows, args.csv)
 
 
 if __name__ == "__main__":
