@@ -109,7 +109,7 @@ def plan_stages(config: TrainConfig, arms: Iterable[str], fusion_epochs: int) ->
             f"teacher.warm_epochs: expected {config.epochs}, the epochs of arm (b), which is the warm start, "
             f"got {config.warm_epochs}"
         )
-    # A teacher encodes the anchors and their support sets; without gradients an encoder costs a third.
+    # A teacher encodes the anchors and their support sets; the factors are those of measured steps.
     pool = 1.0 + (config.data.max_support if config.data.support == "drawn" else 0)
     frozen_start = config.teacher.start == "frozen"
     stages = [
@@ -121,9 +121,9 @@ def plan_stages(config: TrainConfig, arms: Iterable[str], fusion_epochs: int) ->
             "teacher",
             config.teacher_epochs,
             init="plain" if warm else None,
-            cost=pool / 3 if frozen_start else pool,
+            cost=pool / 3 if frozen_start else 0.8 * pool,
         ),
-        StagePlan("student", "student", config.epochs, teacher="teacher", cost=1 + pool / 3),
+        StagePlan("student", "student", config.epochs, teacher="teacher", cost=1 + pool / 4),
         StagePlan("continued", "student", config.teacher_epochs, init="plain"),
         StagePlan(
             "fusion",
@@ -133,8 +133,8 @@ def plan_stages(config: TrainConfig, arms: Iterable[str], fusion_epochs: int) ->
             overrides=("teacher.start=frozen",),
             cost=pool / 3,
         ),
-        StagePlan("student_frozen", "student", config.epochs, teacher="fusion", cost=1 + pool / 3),
-        StagePlan("control", "student", config.epochs, teacher="continued", cost=4 / 3),
+        StagePlan("student_frozen", "student", config.epochs, teacher="fusion", cost=1 + pool / 4),
+        StagePlan("control", "student", config.epochs, teacher="continued", cost=1.25),
     ]
     known = {stage.name: stage for stage in stages}
     needed: set[str] = set()

@@ -397,7 +397,7 @@ def _train(runs: Sequence[_Run], jobs: int, threads: int, say: _Sayer) -> None:
 
 
 def _ready(runs: Sequence[_Run], running: set[tuple[str, str]], room: int) -> list[tuple[_Run, StagePlan]]:
-    """Stages that can start now, those with the longest chain behind them first."""
+    """Stages that can start now: those of the first runs first, then those with the longest chain behind them."""
     ready = [
         (one, stage)
         for one in runs
@@ -407,7 +407,8 @@ def _ready(runs: Sequence[_Run], running: set[tuple[str, str]], room: int) -> li
         and all(need in one.outcomes for need in stage.needs)
     ]
     chains = {one.name: remaining_chain(one.stages) for one in runs}
-    ready.sort(key=lambda item: -chains[item[0].name][item[1].name])
+    order = {one.name: number for number, one in enumerate(runs)}
+    ready.sort(key=lambda item: (order[item[0].name], -chains[item[0].name][item[1].name]))
     return ready[: max(0, room)]
 
 
