@@ -148,6 +148,10 @@ class _Run:
     def name(self) -> str:
         return f"corpus{self.corpus}-seed{self.seed}"
 
+    @property
+    def finished(self) -> bool:
+        return len(self.outcomes) == len(self.stages)
+
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 when everything was trained and written."""
@@ -181,39 +185,52 @@ def run(args: argparse.Namespace) -> int:
         f"{' '.join(f'({arm})' for arm in arms)}; {jobs} at a time, {threads} thread{'s' * (threads > 1)} each"
     )
     training = time.perf_counter()
-    _train(runs, jobs, threads, say)
-    seconds = {"corpus": training - started, "training": time.perf_counter() - training}
+    settings = {"jobs": jobs, "threads": threads, "machine": _machine(cores), "config": to_dict(config)}
 
+    def write() -> None:
+        now = time.perf_counter()
+        seconds = {"corpus": training - started, "training": now - training, "total": now - started}
+        _write(args, out, [one for one in runs if one.finished], arms, settings, seconds)
+
+    # Written after each run: what has been measured is not lost with the runs that follow.
+    _train(runs, jobs, threads, say, write)
+    print(f"\n{(out / TABLE_FILES[0]).read_text(encoding='utf-8')}")
+    say(f"written to {out}: {', '.join((*TABLE_FILES, RESULTS_FILE, REPORT_FILE))}, models/")
+    return 0
+
+
+def _write(
+    args: argparse.Namespace,
+    out: Path,
+    runs: Sequence[_Run],
+    arms: Sequence[str],
+    settings: dict[str, Any],
+    seconds: dict[str, float],
+) -> None:
+    """Write tables, page and results of the finished runs."""
     finished = [_record(one, arms) for one in runs]
     summary = summarize(finished, arms)
     rows, differences = table_rows(finished, summary), difference_rows(summary)
     said = conclusions(finished, summary)
-    title = _title(args, runs, config)
-    text, markdown = (_document(title, rows, differences, said, markdown=kind) for kind in (False, True))
-    for name, content in zip(TABLE_FILES, (text, markdown), strict=True):
-        (out / name).write_text(content, encoding="utf-8")
-    report = _write_page(out, runs[0], arms, title, rows, said)
-    seconds["total"] = time.perf_counter() - started
+    title = _title(args, runs, runs[0].config)
+    for name, markdown in zip(TABLE_FILES, (False, True), strict=True):
+        (out / name).write_text(_document(title, rows, differences, said, markdown=markdown), encoding="utf-8")
+    _write_page(out, runs[0], arms, title, rows, said)
     results = {
         "what": "lcr2s demo on a GENERATED corpus; fractions, test split touched once by each arm",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine(cores),
         "versions": _versions(),
         "options": {key: value for key, value in vars(args).items() if key not in ("function", "overrides")},
-        "jobs": jobs,
-        "threads": threads,
-        "config": to_dict(config),
-        "stages": {name: asdict(stage) for name, stage in stages.items()},
+        **settings,
+        "stages": {name: asdict(stage) for name, stage in runs[0].stages.items()},
         "arms": {arm: {"title": ARMS[arm].title, "purpose": ARMS[arm].purpose} for arm in arms},
         "seconds": seconds,
+        "runs_planned": args.seeds * args.corpora,
         "runs": finished,
         "summary": summary,
         "conclusions": said,
     }
     (out / RESULTS_FILE).write_text(json.dumps(_finite(results), indent=1) + "\n", encoding="utf-8")
-    print(f"\n{text}")
-    say(f"written to {out}: {', '.join((*TABLE_FILES, RESULTS_FILE, report.name))}, models/")
-    return 0
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -360,7 +377,7 @@ class _Progress:
         return f"{key[0]} {text}" if self.many else text
 
 
-def _train(runs: Sequence[_Run], jobs: int, threads: int, say: _Sayer) -> None:
+def _train(runs: Sequence[_Run], jobs: int, threads: int, say: _Sayer, after_run: Callable[[], object]) -> None:
     """Train all stages of all runs, at most ``jobs`` at a time, each as soon as what it needs is there."""
     progress = _Progress(runs, jobs, say)
     if jobs == 1:
@@ -370,6 +387,7 @@ def _train(runs: Sequence[_Run], jobs: int, threads: int, say: _Sayer) -> None:
                 outcome = _stage(stage, one.config, one.folder, lambda epochs, key=key: progress.epoch(key, epochs))  # type: ignore[misc]
                 one.outcomes[stage.name] = outcome
                 progress.done(key, outcome)
+            after_run()
         return
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
@@ -377,7 +395,7 @@ def _train(runs: Sequence[_Run], jobs: int, threads: int, say: _Sayer) -> None:
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads, messages, stop))
     pending: dict[Future[StageOutcome], tuple[_Run, str]] = {}
     try:
-        while any(len(one.outcomes) < len(one.stages) for one in runs):
+        while not all(one.finished for one in runs):
             for one, stage in _ready(runs, {(one.name, name) for one, name in pending.values()}, jobs - len(pending)):
                 pending[pool.submit(_stage_in_worker, stage, one.config, one.folder, (one.name, stage.name))] = (
                     one,
@@ -390,6 +408,8 @@ def _train(runs: Sequence[_Run], jobs: int, threads: int, say: _Sayer) -> None:
                 one, name = pending.pop(future)
                 one.outcomes[name] = future.result()
                 progress.done((one.name, name), one.outcomes[name])
+                if one.finished:
+                    after_run()
     finally:
         # After a failure the other stages end with their epoch instead of running to their end unheard.
         stop.set()
@@ -493,7 +513,9 @@ def _record(one: _Run, arms: Sequence[str]) -> dict[str, Any]:
 
 
 def _title(args: argparse.Namespace, runs: Sequence[_Run], config: TrainConfig) -> str:
-    count = f"{len(runs)} run{'s' * (len(runs) > 1)} ({args.corpora} x {args.seeds} corpora x seeds)"
+    planned = args.corpora * args.seeds
+    done = "" if len(runs) == planned else f"{len(runs)} finished of "
+    count = f"{done}{planned} run{'s' * (planned > 1)} ({args.corpora} x {args.seeds} corpora x seeds)"
     kind = "miniature, figures mean nothing" if args.quick else "generated corpus, held-out identities"
     return (
         f"LCR²S demo, text to image on test, percent; {kind}; {count}; {config.epochs} epochs a student, "
