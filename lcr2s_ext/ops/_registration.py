@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("lcr2s", "FRAGMENT")
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def register_autocast(op: str, cast: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]]) -> None:
