@@ -544,7 +544,7 @@ def _document(
 
 def _write_page(
     out: Path, first: _Run, arms: Sequence[str], title: str, rows: Sequence[dict[str, str]], said: Sequence[str]
-) -> Path:
+) -> None:
     """Ranked retrievals of one student, for captions spread evenly over the test split: not chosen for their look."""
     from lcr2s_ext.data import ImageStore, load_dataset
     from lcr2s_ext.models import LCR2S
@@ -570,7 +570,7 @@ def _write_page(
             f"Below: arm ({students[0]}), {first.name}. For {len(ranked)} captions spread evenly over the test split "
             "the ten best of all test images; a green frame marks an image of the person the caption was written for."
         )
-    return write_report(out / REPORT_FILE, ranked, title=title, notes=notes, table=rows)
+    write_report(out / REPORT_FILE, ranked, title=title, notes=notes, table=rows)
 
 
 def _cores() -> int:
