@@ -83,7 +83,7 @@ def relation_frobenius_loss(
         return reference.relation_frobenius_loss(*features, reduction)
     needs = _registration.needs_grad(*features[:2])
     return torch.ops.lcr2s.relation_frobenius(
-        *features, _REDUCTIONS.index(reduction), _workspace.workspace_bytes(), *needs
+        *features, _REDUCTIONS.index(reduction), _workspace.workspace_bytes(student_image.device), *needs
     )[0]
 
 
@@ -132,7 +132,9 @@ def relation_kl_loss(
     if _backend.resolve("relation_kl", backend, device) == "reference":
         return reference.relation_kl_loss(*features, student, teacher)
     needs = _registration.needs_grad(*features[:2], student)
-    return torch.ops.lcr2s.relation_kl(*features, student, teacher, _workspace.workspace_bytes(), *needs)[0]
+    return torch.ops.lcr2s.relation_kl(
+        *features, student, teacher, _workspace.workspace_bytes(student_image.device), *needs
+    )[0]
 
 
 def _gradient(like: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:

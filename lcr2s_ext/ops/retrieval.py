@@ -53,7 +53,7 @@ def topk_similarity(query: Tensor, gallery: Tensor, k: int, *, backend: str | No
         raise ValueError(f"`k` must be in 1..{gallery.shape[0]} (rows of `gallery`), got {k}")
     if _backend.resolve("topk_similarity", backend, query.device) == "reference":
         return reference.topk_similarity(query, gallery, k)
-    return torch.ops.lcr2s.topk_similarity(query, gallery, k, _workspace.workspace_bytes())
+    return torch.ops.lcr2s.topk_similarity(query, gallery, k, _workspace.workspace_bytes(query.device))
 
 
 def retrieval_metrics(
@@ -110,7 +110,11 @@ def retrieval_metrics(
         statistics = reference.retrieval_statistics(query, gallery, query_ids, gallery_ids)
     else:
         statistics = torch.ops.lcr2s.retrieval_metrics(
-            query, gallery, query_ids.to(torch.int64), gallery_ids.to(torch.int64), _workspace.workspace_bytes()
+            query,
+            gallery,
+            query_ids.to(torch.int64),
+            gallery_ids.to(torch.int64),
+            _workspace.workspace_bytes(query.device),
         )
     return _average(statistics, ks)
 

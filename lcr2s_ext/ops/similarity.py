@@ -91,7 +91,7 @@ def info_nce_loss(
     if _backend.resolve("info_nce", backend, image.device) == "reference":
         return reference.info_nce_loss(image, text, image_ids, text_ids, scale)
     needs = _registration.needs_grad(image, text, scale)
-    workspace = _workspace.workspace_bytes()
+    workspace = _workspace.workspace_bytes(image.device)
     return torch.ops.lcr2s.info_nce(image, text, image_ids, text_ids, scale, workspace, *needs)[0]
 
 
@@ -139,7 +139,7 @@ def sdm_loss(
     if _backend.resolve("sdm", backend, image.device) == "reference":
         return reference.sdm_loss(image, text, image_ids, text_ids, scale, eps)
     needs = _registration.needs_grad(image, text, scale)
-    workspace = _workspace.workspace_bytes()
+    workspace = _workspace.workspace_bytes(image.device)
     return torch.ops.lcr2s.sdm(image, text, image_ids, text_ids, scale, eps, workspace, *needs)[0]
 
 
@@ -185,7 +185,7 @@ def cmpm_loss(
     if _backend.resolve("cmpm", backend, image.device) == "reference":
         return reference.cmpm_loss(image, text, image_ids, text_ids, target, eps)
     needs = _registration.needs_grad(image, text)
-    workspace = _workspace.workspace_bytes()
+    workspace = _workspace.workspace_bytes(image.device)
     return torch.ops.lcr2s.cmpm(image, text, image_ids, text_ids, target == "l2", eps, workspace, *needs)[0]
 
 
@@ -232,7 +232,7 @@ def tal_loss(
     if _backend.resolve("tal", backend, image.device) == "reference":
         return reference.tal_loss(image, text, image_ids, text_ids, margin, tau)
     needs = _registration.needs_grad(image, text)
-    workspace = _workspace.workspace_bytes()
+    workspace = _workspace.workspace_bytes(image.device)
     return torch.ops.lcr2s.tal(image, text, image_ids, text_ids, margin, tau, workspace, *needs)[0]
 
 
