@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _library
+from lcr2s_ext.ops import _dispatch, _library
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
@@ -80,8 +80,14 @@ def unavailable_reason(op: str, backend: str, device: torch.device) -> str | Non
     return None
 
 
-def resolve(op: str, backend: str | None, device: torch.device) -> str:
+def resolve(op: str, backend: str | None, device: torch.device, rows: int | None = None) -> str:
     """The backend that runs `op` for tensors on `device`: "reference", "cpu", "cuda" or "triton".
+
+    Args:
+        op: operator name in torch.ops.lcr2s.
+        backend: the caller's choice; None: that of :func:`use_backend`.
+        device: of the call's tensors.
+        rows: of the call's first tensor. On a GPU "auto" prefers CUDA or Triton by the table of `_dispatch`.
 
     Raises:
         ValueError: `backend` is not a backend's name.
@@ -90,7 +96,12 @@ def resolve(op: str, backend: str | None, device: torch.device) -> str:
     chosen = _State.backend if backend is None else backend
     _check_name(chosen)
     if chosen == "auto":
-        candidates = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
+        if device.type != "cuda":
+            candidates: tuple[str, ...] = ("cpu",)
+        elif _dispatch.choice(op, rows).backend == "cuda":
+            candidates = ("cuda", "triton")
+        else:
+            candidates = ("triton", "cuda")
     else:
         candidates = (chosen,)
     reasons = []
@@ -110,15 +121,17 @@ def explain(op: str, *tensors: Tensor) -> str:
 
     Args:
         op: operator name, such as "support_attention" or "sdm_loss".
-        tensors: the tensors of the call; only their device is looked at. None means the CPU.
+        tensors: the tensors of the call; the device and the number of rows of the first are looked at. None means the
+            CPU.
 
     Returns:
-        One line for each backend.
+        One line for each backend, and what a GPU would take by default and on what grounds.
     """
     name = op.removesuffix("_loss")
     device = tensors[0].device if tensors else torch.device("cpu")
+    rows = tensors[0].shape[0] if tensors and tensors[0].dim() else None
     try:
-        chosen: str | None = resolve(name, None, device)
+        chosen: str | None = resolve(name, None, device, rows)
     except BackendUnavailableError:
         chosen = None
     lines = [f"{op} on {device}:"]
@@ -126,4 +139,5 @@ def explain(op: str, *tensors: Tensor) -> str:
         reason = unavailable_reason(name, backend, device)
         state = "runs" if backend == chosen else "available on request" if reason is None else f"no: {reason}"
         lines.append(f"  {backend:<10} {state}")
+    lines.append(f"  {_dispatch.describe(name, rows)}")
     return "\n".join(lines)

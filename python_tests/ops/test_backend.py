@@ -11,7 +11,7 @@ import torch
 
 import lcr2s_ext
 from lcr2s_ext import BackendUnavailableError, explain, use_backend
-from lcr2s_ext.ops import SupportIndex, support_attention
+from lcr2s_ext.ops import SupportIndex, _backend, _dispatch, support_attention
 from lcr2s_ext.ops._backend import resolve
 
 QUERY = torch.ones(2, 1, 4)
@@ -66,10 +66,23 @@ def test_auto_on_an_accelerator_names_every_candidate() -> None:
         resolve("no_such_op", "auto", torch.device("cuda"))
 
 
+def test_the_table_of_gpu_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(_dispatch.CHOICES) == set(_backend.OPERATORS)
+    entries = (_dispatch.Choice(1024, "triton", "results.csv"), _dispatch.Choice(None, "cuda", None))
+    monkeypatch.setitem(_dispatch.CHOICES, "sdm", entries)
+    monkeypatch.setattr(_backend, "unavailable_reason", lambda op, backend, device: None)
+    gpu = torch.device("cuda")
+    assert [resolve("sdm", None, gpu, rows) for rows in (1, 1024, 1025, None)] == ["triton", "triton", "cuda", "cuda"]
+    assert resolve("sdm", "cuda", gpu, 1) == "cuda"
+    assert _dispatch.describe("sdm", 7) == "on a GPU `auto` prefers triton at this size (measured in results.csv)"
+    assert "cuda at this size (not measured" in _dispatch.describe("sdm", 5000)
+
+
 def test_explain() -> None:
     lines = explain("support_attention", QUERY).splitlines()
     assert lines[0] == "support_attention on cpu:"
-    states = {line.split()[0]: line for line in lines[1:]}
+    assert lines[-1].strip() == "on a GPU `auto` prefers cuda at any size (not measured on a GPU yet)"
+    states = {line.split()[0]: line for line in lines[1:-1]}
     assert set(states) == {"reference", "cpu", "cuda", "triton"}
     assert states["cpu"].endswith("runs")
     assert "available on request" in states["reference"]
