@@ -7,23 +7,22 @@ gradients are checked against float64 before its time is printed. Rounds are int
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from side_by_side import Candidate, compare, parse_arguments, report, verify
+from side_by_side import DTYPES, Candidate, Settings, Work, checked, compare, our_backends, parse_arguments, report
 from torch import Tensor
 
 from lcr2s_ext.ops import SupportIndex, support_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-KERNEL = "lcr2s_ext cpu"
 
 
 def padded(index: SupportIndex) -> Attention:
     """Rows gathered into padded slots, then scaled_dot_product_attention; the slots are prepared outside the timing."""
     lengths = index.indptr.diff()
-    slots = torch.arange(max(int(lengths.max()), 1)) < lengths.unsqueeze(1)
-    rows = torch.zeros(slots.shape, dtype=torch.int64).masked_scatter(slots, index.indices)
+    slots = torch.arange(max(int(lengths.max()), 1), device=lengths.device) < lengths.unsqueeze(1)
+    rows = torch.zeros(slots.shape, dtype=torch.int64, device=slots.device).masked_scatter(slots, index.indices)
     mask = slots[:, None, None]
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -35,15 +34,21 @@ def padded(index: SupportIndex) -> Attention:
     return attention
 
 
-def candidates(index: SupportIndex, with_compile: bool) -> dict[str, Attention]:
-    found: dict[str, Attention] = {
+def candidates(index: SupportIndex, settings: Settings) -> dict[str, Attention | str]:
+    found: dict[str, Attention | str] = {}
+    eager = {
         "padded SDPA": padded(index),
         "ragged eager": lambda q, k, v: support_attention(q, k, v, index, backend="reference"),
     }
-    if with_compile:
-        found["ragged torch.compile"] = torch.compile(found["ragged eager"], fullgraph=True, dynamic=False)
-        found["padded torch.compile"] = torch.compile(found["padded SDPA"], fullgraph=True, dynamic=False)
-    found[KERNEL] = lambda q, k, v: support_attention(q, k, v, index, backend="cpu")
+    found |= eager
+    if settings.compile:
+        found |= {
+            f"{name}, compiled": torch.compile(form, fullgraph=True, dynamic=False) for name, form in eager.items()
+        }
+    for backend, reason in our_backends("support_attention", settings.device).items():
+        found[f"lcr2s_ext {backend}"] = reason or (
+            lambda q, k, v, backend=backend: support_attention(q, k, v, index, backend=backend)
+        )
     return found
 
 
@@ -58,50 +63,56 @@ def forward(attention: Attention, inputs: list[Tensor]) -> list[Tensor]:
         return [attention(*inputs)]
 
 
-def measure(batch: int, args: argparse.Namespace) -> None:
+def measure(batch: int, dtype: str, args: argparse.Namespace) -> None:
+    settings: Settings = args.settings
     generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, args.dtype)
     head_width = args.width // args.heads
     lengths = torch.randint(0, args.max_set + 1, (batch,), generator=generator)
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    index = SupportIndex(indptr, torch.randint(0, batch, (int(indptr[-1]),), generator=generator), batch)
-    inputs = [torch.randn(batch, args.heads, head_width, generator=generator).to(dtype) for _ in range(3)]
-    upstream = torch.randn(batch, args.heads, head_width, generator=generator).to(dtype)
+    entries = int(indptr[-1])
+    index = SupportIndex(indptr, torch.randint(0, batch, (entries,), generator=generator), batch).to(settings.device)
+
+    def random() -> Tensor:
+        values = torch.randn(batch, args.heads, head_width, generator=generator)
+        return values.to(settings.device, getattr(torch, dtype))
+
+    inputs, upstream = [random() for _ in range(3)], random()
     exact = forward_backward(
         lambda q, k, v: support_attention(q, k, v, index, backend="reference"),
         [tensor.double() for tensor in inputs],
         upstream.double(),
     )
-    only: dict[str, Candidate] = {}
-    both: dict[str, Candidate] = {}
-    for name, attention in candidates(index, args.compile).items():
+    only: dict[str, Candidate | str] = {}
+    both: dict[str, Candidate | str] = {}
+    for name, attention in candidates(index, settings).items():
+        if isinstance(attention, str):
+            only[name] = both[name] = attention
+            continue
         only[name] = lambda attention=attention: forward(attention, inputs)
         both[name] = lambda attention=attention: forward_backward(attention, inputs, upstream)
-        verify(name, both[name](), exact, 1e-4 if dtype == torch.float32 else 4e-2)
-    shape = {
-        "batch": batch,
-        "width": args.width,
-        "heads": args.heads,
-        "entries": int(indptr[-1]),
-        "dtype": args.dtype,
-    }
-    title = f"B = {batch}, D = {args.width}, H = {args.heads}, {shape['entries']} entries, {args.dtype}"
-    for part, found in (("forward", only), ("forward + backward", both)):
-        rows = compare(found, KERNEL, args.rounds)
-        named = [{"op": "support_attention", "part": part, **shape, **row} for row in rows]
-        report(f"{part}: {title}", named, args.csv)
+    title = f"B = {batch}, D = {args.width}, H = {args.heads}, {entries} entries, {dtype}"
+    both = checked(both, exact, 1e-4 if dtype == "float32" else 4e-2, title)
+    shape = {"op": "support_attention", "rows": batch, "columns": batch, "width": args.width, "dtype": dtype}
+    shape["detail"] = f"{args.heads} heads, sets 0..{args.max_set}, {entries} entries"
+    # Every row of every operand moved once: query, key, value and out; backward reads them and the upstream gradient
+    # (not out) and writes three gradients.
+    matrix = inputs[0].nbytes
+    for part, found, moved in (("forward", only, 4 * matrix), ("forward + backward", both, 11 * matrix)):
+        rows = compare(found, settings, dtype, Work(bytes=moved))
+        report(f"{part}: {title}", [{**shape, "part": part, **row} for row in rows], settings)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 4096], help="numbers of queries and of pool rows")
     parser.add_argument("--width", type=int, default=1024, help="width of all heads together")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--max-set", type=int, default=8, help="sets have a size in 0..max-set")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    args = parse_arguments(parser)
-    for batch in args.batch:
-        measure(batch, args)
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
+    args = parse_arguments(parser, arguments)
+    for dtype in args.dtype:
+        for batch in args.batch:
+            measure(batch, dtype, args)
 
 
 if __name__ == "__main__":
