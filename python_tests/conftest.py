@@ -1,5 +1,6 @@
 """Fixtures that every folder of the tests shares."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch
 
 # `from tolerances import ...` works wherever the tests were copied to, with whatever working directory.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+# Where there is no GPU, Triton kernels run in triton's interpreter, on CPU tensors. Read when lcr2s_ext is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

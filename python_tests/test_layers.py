@@ -15,7 +15,8 @@ PACKAGE = Path(lcr2s_ext.__file__).parent
 # What each room may import of the package, besides itself.
 ALLOWED = {
     "reference": set(),
-    "ops": {"reference", "native"},
+    "triton": set(),
+    "ops": {"reference", "triton", "native"},
     "nn": {"ops"},
     "models": {"nn", "ops"},
     "data": {"ops", "native"},
@@ -64,7 +65,7 @@ def test_import_needs_only_the_core() -> None:
     roots = {name.split(".")[0] for name in json.loads(out.stdout)}
     assert "lcr2s_ext" in roots
     extras = {"lightning", "pytorch_lightning", "kornia", "tokenizers", "transformers", "safetensors", "PIL", "rich"}
-    assert not roots & (extras | {"tensorboard", "jsonargparse", "yaml"})
+    assert not roots & (extras | {"tensorboard", "jsonargparse", "yaml", "triton"})
 
 
 def test_cuda_is_not_initialised_by_import() -> None:

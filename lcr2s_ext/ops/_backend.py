@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lcr2s_ext import triton
 from lcr2s_ext.ops import _dispatch, _library
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
@@ -23,7 +24,7 @@ OPERATORS = (
 )
 """Every operator, by its name in torch.ops.lcr2s."""
 
-TRITON_OPS: frozenset[str] = frozenset()
+TRITON_OPS: frozenset[str] = frozenset(triton.MODULES)
 """Operators that have a Triton kernel."""
 
 
@@ -73,10 +74,14 @@ def unavailable_reason(op: str, backend: str, device: torch.device) -> str | Non
         if not _library.has_kernel(op, backend):
             return f"this build holds no {backend} kernel for {op}"
         return None
-    if device.type != "cuda":
-        return f"the tensors are on {device}, Triton kernels need cuda tensors"
+    if triton.UNAVAILABLE is not None:
+        return triton.UNAVAILABLE
     if op not in TRITON_OPS:
         return f"this version has no Triton kernel for {op}"
+    wanted = "cpu" if triton.INTERPRETED else "cuda"
+    if device.type != wanted:
+        interpreter = " in the interpreter (TRITON_INTERPRET)" if triton.INTERPRETED else ""
+        return f"the tensors are on {device}, Triton kernels need {wanted} tensors{interpreter}"
     return None
 
 

@@ -66,6 +66,15 @@ def check_positive(name: str, value: object) -> float:
     return float(value)
 
 
+def check_backend_dtype(backend: str, **tensors: Tensor) -> None:
+    """Refuse float64 where `backend`, the one that will run, has no kernels for it."""
+    if backend == "triton":
+        for name, value in tensors.items():
+            if value.dtype == torch.float64:
+                others = _names([dtype for dtype in FLOATING if dtype != torch.float64])
+                raise TypeError(f"`{name}` must have dtype {others} on backend 'triton', got float64")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     """Check that `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:

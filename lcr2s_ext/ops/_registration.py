@@ -1,17 +1,67 @@
-"""Autograd and autocast of the compiled operators: the stable ABI has neither, so they are registered from Python."""
+"""Fake tensors, autograd and autocast of the operators, the same for the compiled and for the Triton ones.
 
+The stable ABI has none of the three, so they are registered from Python.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("lcr2s", "FRAGMENT")
+from lcr2s_ext import triton
+from lcr2s_ext.ops import _library
+
+COMPILED = "lcr2s"
+TRITON = "lcr2s_triton"
+
+_FAMILIES: dict[str, Callable[[str], None]] = {}
+_LOADED: set[str] = set()
 
 
-def register_autocast(op: str, cast: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]]) -> None:
-    """Under autocast, call lcr2s::`op` with `cast(arguments, autocast dtype)` instead of its arguments."""
-    overload = getattr(torch.ops.lcr2s, op).default
+class Operators:
+    """The operators of one module: torch.ops.lcr2s, or torch.ops.lcr2s_triton, imported when first asked for.
+
+    Args:
+        module: its name in lcr2s_ext.triton.
+        register: called once with each namespace that has the operators, to register fakes, autograd and autocast.
+    """
+
+    def __init__(self, module: str, register: Callable[[str], None]) -> None:
+        self._module = module
+        _FAMILIES[module] = register
+        if _library.compiled():
+            register(COMPILED)
+
+    def __call__(self, backend: str) -> Any:
+        """The namespace in which `backend`, one that :func:`_backend.resolve` returned, has its operators."""
+        if backend != "triton":
+            return torch.ops.lcr2s
+        _load_triton(self._module)
+        return torch.ops.lcr2s_triton
+
+
+def _load_triton(module: str) -> None:
+    if module not in _LOADED:
+        triton.load(module)
+        _FAMILIES[module](TRITON)
+        _LOADED.add(module)
+
+
+# torch.compile calls it while tracing: an import and registrations are no part of a graph. This is what
+# torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes as long as importing torch.
+_load_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _fragment(namespace: str) -> torch.library.Library:
+    return torch.library.Library(namespace, "FRAGMENT")
+
+
+def register_autocast(namespace: str, op: str, cast: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]]) -> None:
+    """Under autocast, call `namespace`::`op` with `cast(arguments, autocast dtype)` instead of its arguments."""
+    overload = getattr(getattr(torch.ops, namespace), op).default
     for device in ("cpu", "cuda"):
         key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
         keyset = torch._C.DispatchKeySet(key)
@@ -20,7 +70,7 @@ def register_autocast(op: str, cast: Callable[[tuple[Any, ...], torch.dtype], tu
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return overload(*cast(args, torch.get_autocast_dtype(device)))
 
-        _LIBRARY.impl(op, kernel, key.name, with_keyset=True)
+        _fragment(namespace).impl(op, kernel, key.name, with_keyset=True)
 
 
 def cast_to_autocast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -59,12 +109,13 @@ def _refuse_differentiation(op: str, gradient: Tensor) -> Tensor:
     return _Refusal.apply(op, gradient, anchor)
 
 
-def register_scalar_loss(op: str, differentiable: tuple[int, ...]) -> None:
+def register_scalar_loss(namespace: str, op: str, differentiable: tuple[int, ...]) -> None:
     """Autograd of an operator that returns its loss and, already computed, the loss's gradients.
 
     Args:
-        op: lcr2s::`op` returns (loss, gradient, ...): the () loss, then one gradient for each differentiable argument,
-            in order and in the statistics dtype; one without elements where the caller did not ask for it.
+        namespace, op: `namespace`::`op` returns (loss, gradient, ...): the () loss, then one gradient for each
+            differentiable argument, in order and in the statistics dtype; one without elements where the caller did
+            not ask for it.
         differentiable: positions of those arguments.
     """
 
@@ -85,7 +136,7 @@ def register_scalar_loss(op: str, differentiable: tuple[int, ...]) -> None:
                     result[position] = _refuse_differentiation(op, scaled)
         return tuple(result)
 
-    torch.library.register_autograd(f"lcr2s::{op}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=setup_context)
 
 
 def needs_grad(*tensors: Tensor) -> list[bool]:

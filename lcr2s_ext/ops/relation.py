@@ -6,10 +6,11 @@ The compiled kernels never form the B x N matrices: memory is O((B + N) d + d^2)
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks, _library, _registration, _workspace
+from lcr2s_ext.ops import _backend, _checks, _registration, _workspace
 from lcr2s_ext.reference import relation as reference
 
 _REDUCTIONS = ("sum", "row", "mean")
+_FEATURES = ("student_image", "student_text", "teacher_image", "teacher_text")
 
 
 def _check(
@@ -79,10 +80,12 @@ def relation_frobenius_loss(
     """
     features = _check(student_image, student_text, teacher_image, teacher_text)
     reduction = _checks.check_choice("reduction", reduction, _REDUCTIONS)
-    if _backend.resolve("relation_frobenius", backend, student_image.device) == "reference":
+    chosen = _backend.resolve("relation_frobenius", backend, student_image.device)
+    _checks.check_backend_dtype(chosen, **dict(zip(_FEATURES, features, strict=True)))
+    if chosen == "reference":
         return reference.relation_frobenius_loss(*features, reduction)
     needs = _registration.needs_grad(*features[:2])
-    return torch.ops.lcr2s.relation_frobenius(
+    return _frobenius_operators(chosen).relation_frobenius(
         *features, _REDUCTIONS.index(reduction), _workspace.workspace_bytes(student_image.device), *needs
     )[0]
 
@@ -129,10 +132,12 @@ def relation_kl_loss(
     device = student_image.device
     student = _checks.check_scale("student_scale", student_scale, device, dtype)
     teacher = _checks.check_scale("teacher_scale", teacher_scale, device, dtype).detach()
-    if _backend.resolve("relation_kl", backend, device) == "reference":
+    chosen = _backend.resolve("relation_kl", backend, device)
+    _checks.check_backend_dtype(chosen, **dict(zip(_FEATURES, features, strict=True)))
+    if chosen == "reference":
         return reference.relation_kl_loss(*features, student, teacher)
     needs = _registration.needs_grad(*features[:2], student)
-    return torch.ops.lcr2s.relation_kl(
+    return _kl_operators(chosen).relation_kl(
         *features, student, teacher, _workspace.workspace_bytes(student_image.device), *needs
     )[0]
 
@@ -178,8 +183,15 @@ def _fake_kl(
 
 
 # No autocast rule: the kernels take every dtype as it is and normalise in their own precision.
-if _library.compiled():
-    torch.library.register_fake("lcr2s::relation_frobenius", _fake_frobenius)
-    torch.library.register_fake("lcr2s::relation_kl", _fake_kl)
-    _registration.register_scalar_loss("relation_frobenius", (0, 1))
-    _registration.register_scalar_loss("relation_kl", (0, 1, 4))
+def _register_frobenius(namespace: str) -> None:
+    torch.library.register_fake(f"{namespace}::relation_frobenius", _fake_frobenius)
+    _registration.register_scalar_loss(namespace, "relation_frobenius", (0, 1))
+
+
+def _register_kl(namespace: str) -> None:
+    torch.library.register_fake(f"{namespace}::relation_kl", _fake_kl)
+    _registration.register_scalar_loss(namespace, "relation_kl", (0, 1, 4))
+
+
+_frobenius_operators = _registration.Operators("relation_frobenius", _register_frobenius)
+_kl_operators = _registration.Operators("relation_kl", _register_kl)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks, _library, _workspace
+from lcr2s_ext.ops import _backend, _checks, _registration, _workspace
 from lcr2s_ext.reference import retrieval as reference
 
 
@@ -51,9 +51,11 @@ def topk_similarity(query: Tensor, gallery: Tensor, k: int, *, backend: str | No
         raise TypeError(f"`k` must be an int, got {type(k).__name__}")
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"`k` must be in 1..{gallery.shape[0]} (rows of `gallery`), got {k}")
-    if _backend.resolve("topk_similarity", backend, query.device) == "reference":
+    chosen = _backend.resolve("topk_similarity", backend, query.device)
+    _checks.check_backend_dtype(chosen, query=query, gallery=gallery)
+    if chosen == "reference":
         return reference.topk_similarity(query, gallery, k)
-    return torch.ops.lcr2s.topk_similarity(query, gallery, k, _workspace.workspace_bytes(query.device))
+    return _operators(chosen).topk_similarity(query, gallery, k, _workspace.workspace_bytes(query.device))
 
 
 def retrieval_metrics(
@@ -106,10 +108,12 @@ def retrieval_metrics(
             raise TypeError(f"`ks` must hold ints, got {type(k).__name__}")
         if k < 1:
             raise ValueError(f"`ks` must hold numbers of at least 1, got {k}")
-    if _backend.resolve("retrieval_metrics", backend, query.device) == "reference":
+    chosen = _backend.resolve("retrieval_metrics", backend, query.device)
+    _checks.check_backend_dtype(chosen, query=query, gallery=gallery)
+    if chosen == "reference":
         statistics = reference.retrieval_statistics(query, gallery, query_ids, gallery_ids)
     else:
-        statistics = torch.ops.lcr2s.retrieval_metrics(
+        statistics = _operators(chosen).retrieval_metrics(
             query,
             gallery,
             query_ids.to(torch.int64),
@@ -152,6 +156,9 @@ def _fake_metrics(
 
 
 # No autocast rule: the kernels take every dtype as it is and normalise in their own precision.
-if _library.compiled():
-    torch.library.register_fake("lcr2s::topk_similarity", _fake_topk)
-    torch.library.register_fake("lcr2s::retrieval_metrics", _fake_metrics)
+def _register(namespace: str) -> None:
+    torch.library.register_fake(f"{namespace}::topk_similarity", _fake_topk)
+    torch.library.register_fake(f"{namespace}::retrieval_metrics", _fake_metrics)
+
+
+_operators = _registration.Operators("retrieval", _register)

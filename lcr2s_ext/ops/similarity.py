@@ -6,7 +6,7 @@ The compiled kernels stream the matrix through a bounded workspace: memory is O(
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks, _library, _registration, _workspace
+from lcr2s_ext.ops import _backend, _checks, _registration, _workspace
 from lcr2s_ext.reference import similarity as reference
 
 
@@ -88,11 +88,13 @@ def info_nce_loss(
     else:
         image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     scale = _checks.check_scale("logit_scale", logit_scale, image.device, _statistics(image, text))
-    if _backend.resolve("info_nce", backend, image.device) == "reference":
+    chosen = _backend.resolve("info_nce", backend, image.device)
+    _checks.check_backend_dtype(chosen, image=image, text=text)
+    if chosen == "reference":
         return reference.info_nce_loss(image, text, image_ids, text_ids, scale)
     needs = _registration.needs_grad(image, text, scale)
     workspace = _workspace.workspace_bytes(image.device)
-    return torch.ops.lcr2s.info_nce(image, text, image_ids, text_ids, scale, workspace, *needs)[0]
+    return _operators(chosen).info_nce(image, text, image_ids, text_ids, scale, workspace, *needs)[0]
 
 
 def sdm_loss(
@@ -136,11 +138,13 @@ def sdm_loss(
     image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     scale = _checks.check_scale("logit_scale", logit_scale, image.device, _statistics(image, text))
     eps = _checks.check_positive("eps", eps)
-    if _backend.resolve("sdm", backend, image.device) == "reference":
+    chosen = _backend.resolve("sdm", backend, image.device)
+    _checks.check_backend_dtype(chosen, image=image, text=text)
+    if chosen == "reference":
         return reference.sdm_loss(image, text, image_ids, text_ids, scale, eps)
     needs = _registration.needs_grad(image, text, scale)
     workspace = _workspace.workspace_bytes(image.device)
-    return torch.ops.lcr2s.sdm(image, text, image_ids, text_ids, scale, eps, workspace, *needs)[0]
+    return _operators(chosen).sdm(image, text, image_ids, text_ids, scale, eps, workspace, *needs)[0]
 
 
 def cmpm_loss(
@@ -182,11 +186,13 @@ def cmpm_loss(
     image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     target = _checks.check_choice("target", target, ("l2", "sum"))
     eps = _checks.check_positive("eps", eps)
-    if _backend.resolve("cmpm", backend, image.device) == "reference":
+    chosen = _backend.resolve("cmpm", backend, image.device)
+    _checks.check_backend_dtype(chosen, image=image, text=text)
+    if chosen == "reference":
         return reference.cmpm_loss(image, text, image_ids, text_ids, target, eps)
     needs = _registration.needs_grad(image, text)
     workspace = _workspace.workspace_bytes(image.device)
-    return torch.ops.lcr2s.cmpm(image, text, image_ids, text_ids, target == "l2", eps, workspace, *needs)[0]
+    return _operators(chosen).cmpm(image, text, image_ids, text_ids, target == "l2", eps, workspace, *needs)[0]
 
 
 def tal_loss(
@@ -229,11 +235,13 @@ def tal_loss(
     image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     margin = _check_finite("margin", margin)
     tau = _checks.check_positive("tau", tau)
-    if _backend.resolve("tal", backend, image.device) == "reference":
+    chosen = _backend.resolve("tal", backend, image.device)
+    _checks.check_backend_dtype(chosen, image=image, text=text)
+    if chosen == "reference":
         return reference.tal_loss(image, text, image_ids, text_ids, margin, tau)
     needs = _registration.needs_grad(image, text)
     workspace = _workspace.workspace_bytes(image.device)
-    return torch.ops.lcr2s.tal(image, text, image_ids, text_ids, margin, tau, workspace, *needs)[0]
+    return _operators(chosen).tal(image, text, image_ids, text_ids, margin, tau, workspace, *needs)[0]
 
 
 def _gradient(like: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
@@ -306,12 +314,15 @@ def _fake_tal(
 
 
 # No autocast rule: the kernels take every dtype as it is and keep their statistics in float32.
-if _library.compiled():
-    torch.library.register_fake("lcr2s::info_nce", _fake_info_nce)
-    torch.library.register_fake("lcr2s::sdm", _fake_sdm)
-    torch.library.register_fake("lcr2s::cmpm", _fake_cmpm)
-    torch.library.register_fake("lcr2s::tal", _fake_tal)
-    _registration.register_scalar_loss("info_nce", (0, 1, 4))
-    _registration.register_scalar_loss("sdm", (0, 1, 4))
-    _registration.register_scalar_loss("cmpm", (0, 1))
-    _registration.register_scalar_loss("tal", (0, 1))
+def _register(namespace: str) -> None:
+    for op, fake, differentiable in (
+        ("info_nce", _fake_info_nce, (0, 1, 4)),
+        ("sdm", _fake_sdm, (0, 1, 4)),
+        ("cmpm", _fake_cmpm, (0, 1)),
+        ("tal", _fake_tal, (0, 1)),
+    ):
+        torch.library.register_fake(f"{namespace}::{op}", fake)
+        _registration.register_scalar_loss(namespace, op, differentiable)
+
+
+_operators = _registration.Operators("similarity", _register)

@@ -1,12 +1,13 @@
 """Multi-head attention of every query over its own small set of pool rows."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks, _library, _registration
+from lcr2s_ext.ops import _backend, _checks, _registration
 from lcr2s_ext.ops.support_index import SupportIndex
 from lcr2s_ext.reference.support_attention import support_attention as _reference
 
@@ -49,6 +50,7 @@ def support_attention(
     _check(query, key, value, support)
     chosen_scale = _check_scale(scale, query.shape[2])
     chosen = _backend.resolve("support_attention", backend, query.device)
+    _checks.check_backend_dtype(chosen, query=query, key=key, value=value)
     if chosen == "cuda" and query.dtype == torch.float64:
         raise _backend.BackendUnavailableError(
             "support_attention: backend 'cuda' takes no float64; backend='reference' runs plain PyTorch anywhere"
@@ -59,7 +61,7 @@ def support_attention(
             dtype = torch.get_autocast_dtype(device)
             query, key, value = _registration.cast_to_autocast((query, key, value), dtype)
         return _reference(query, key, value, support.indices, support.entry_rows, chosen_scale)
-    out, _ = torch.ops.lcr2s.support_attention(
+    out, _ = _operators(chosen).support_attention(
         query,
         key,
         value,
@@ -151,21 +153,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 7
-    if grad_out is None:
-        return None, None, None, *nothing
-    query, key, value, *index, probs = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    grads = torch.ops.lcr2s.support_attention_backward(grad_out, query, key, value, probs, *index, ctx.scale, *needs)
-    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *nothing
+def _backward(namespace: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 7
+        if grad_out is None:
+            return None, None, None, *nothing
+        query, key, value, *index, probs = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        op = getattr(torch.ops, namespace).support_attention_backward
+        grads = op(grad_out, query, key, value, probs, *index, ctx.scale, *needs)
+        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *nothing
+
+    return backward
 
 
-if _library.compiled():
-    torch.library.register_fake("lcr2s::support_attention", _fake)
-    torch.library.register_fake("lcr2s::support_attention_backward", _fake_backward)
-    torch.library.register_autograd("lcr2s::support_attention", _backward, setup_context=_setup_context)
-    torch.library.register_autograd(
-        "lcr2s::support_attention_backward", _registration.no_double_backward("support_attention")
-    )
-    _registration.register_autocast("support_attention", _registration.cast_to_autocast)
+def _register(namespace: str) -> None:
+    name = f"{namespace}::support_attention"
+    torch.library.register_fake(name, _fake)
+    torch.library.register_fake(f"{name}_backward", _fake_backward)
+    torch.library.register_autograd(name, _backward(namespace), setup_context=_setup_context)
+    torch.library.register_autograd(f"{name}_backward", _registration.no_double_backward("support_attention"))
+    _registration.register_autocast(namespace, "support_attention", _registration.cast_to_autocast)
+
+
+_operators = _registration.Operators("support_attention", _register)

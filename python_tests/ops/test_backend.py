@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lcr2s_ext
-from lcr2s_ext import BackendUnavailableError, explain, use_backend
+from lcr2s_ext import BackendUnavailableError, explain, triton, use_backend
 from lcr2s_ext.ops import SupportIndex, _backend, _dispatch, support_attention
 from lcr2s_ext.ops._backend import resolve
 
@@ -53,7 +53,8 @@ def test_unknown_names() -> None:
 @pytest.mark.parametrize(
     ("backend", "reason"), [("cuda", "needs cuda tensors"), ("triton", "Triton kernels need cuda tensors")]
 )
-def test_a_backend_that_cannot_run_says_why(backend: str, reason: str) -> None:
+def test_a_backend_that_cannot_run_says_why(backend: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "INTERPRETED", False)
     with pytest.raises(BackendUnavailableError, match=f"support_attention.*'{backend}'.*{reason}"):
         attention_backend(backend=backend)
     assert issubclass(BackendUnavailableError, RuntimeError)

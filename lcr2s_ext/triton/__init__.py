@@ -1,0 +1,49 @@
+"""The operators in Triton, `torch.ops.lcr2s_triton`: for GPUs where no compiled library is at hand.
+
+Importing this package imports neither triton nor a kernel: :func:`load` does, when an operator is first asked for.
+Each module holds one family's kernels and, under `_launch.operator`, its operators, with the arguments and results of
+their namesakes in `torch.ops.lcr2s`.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import re
+
+MINIMUM = (3, 6)
+"""The oldest triton that the kernels run with."""
+
+MODULES: dict[str, str] = {}
+"""Operator -> the module that holds it."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether triton's interpreter runs the kernels, on CPU tensors: the environment's TRITON_INTERPRET, read at import."""
+
+
+def _installed() -> str | None:
+    for distribution in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _refusal(version: str | None) -> str | None:
+    wanted = ".".join(map(str, MINIMUM))
+    if version is None:
+        return f"triton is not installed (triton >= {wanted} is needed)"
+    release = re.match(r"(\d+)\.(\d+)", version)
+    if release is None or (int(release[1]), int(release[2])) < MINIMUM:
+        return f"triton {version} is installed, triton >= {wanted} is needed"
+    return None
+
+
+UNAVAILABLE: str | None = _refusal(_installed())
+"""Why no kernel can run here, whatever the device; None where triton is new enough. Constants, all three: torch.compile
+traces through code that reads them."""
+
+
+def load(module: str) -> None:
+    """Import a module of this package, and with it triton; its operators are then in `torch.ops.lcr2s_triton`."""
+    importlib.import_module(f"{__name__}.{module}")

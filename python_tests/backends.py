@@ -1,0 +1,57 @@
+"""The backends that a test body runs on, here or on a machine with a GPU, and moving a problem to one of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcr2s_ext import triton
+from lcr2s_ext.ops import SupportIndex
+
+DEVICES = {
+    "reference": "cpu",
+    "cpu": "cpu",
+    "cuda": "cuda",
+    "triton": "cpu" if triton.INTERPRETED else "cuda",
+}
+"""Backend -> device type of the tensors that it takes."""
+
+_MISSING = {
+    "cuda": None if torch.cuda.is_available() else "no usable GPU",
+    "triton": triton.UNAVAILABLE,
+}
+
+
+def backends(*names: str) -> list[Any]:
+    """Parameters for "backend"; what this machine lacks (a GPU, triton) is skipped and says so."""
+    return [_parameter(name) for name in names or DEVICES]
+
+
+def backends_and_dtypes(dtypes: Sequence[torch.dtype], *names: str) -> list[Any]:
+    """Parameters for ("backend", "dtype"): every pair but float64 in Triton, which refuses it."""
+    return [
+        _parameter(name, dtype)
+        for name in names or DEVICES
+        for dtype in dtypes
+        if not (name == "triton" and dtype == torch.float64)
+    ]
+
+
+def _parameter(backend: str, *more: Any) -> Any:
+    reason = _MISSING.get(backend)
+    marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
+    name = "-".join([backend, *(str(value).removeprefix("torch.") for value in more)])
+    return pytest.param(backend, *more, id=name, marks=marks)
+
+
+def on(backend: str, value: Any) -> Any:
+    """`value` on the device of `backend`: tensors and support indices, also inside lists, tuples and dicts."""
+    if isinstance(value, (Tensor, SupportIndex)):
+        return value.to(DEVICES[backend])
+    if isinstance(value, (list, tuple)):
+        return type(value)(on(backend, item) for item in value)
+    if isinstance(value, dict):
+        return {key: on(backend, item) for key, item in value.items()}
+    return value
