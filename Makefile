@@ -6,7 +6,7 @@ OUT ?= demo_out
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup build demo test sanitize lint format types wheel clean
+.PHONY: setup build demo test gpu sanitize lint format types wheel clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,11 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# On a CUDA machine, from a bare tree, with the python on PATH: build, tests on CUDA and Triton, compute-sanitizer and the
+# benchmark sweep, in under nine minutes. Logs, results.csv and summary.txt go to OUT.
+gpu:
+	.ci/gpu $(OUT)
 
 # The CPU kernels under AddressSanitizer and UBSan, once with the baseline instruction set and once with the vector width and
 # tiles of AVX-512 compiled for AVX2 processors.
