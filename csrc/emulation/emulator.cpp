@@ -1,0 +1,484 @@
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "fiber.h"
+
+uint3 threadIdx;
+uint3 blockIdx;
+dim3 blockDim;
+dim3 gridDim;
+
+namespace lcr2s::emulation {
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kWarpgroup = 128;
+constexpr int kMaxThreads = 1024;
+constexpr int kBarriers = 16;
+
+struct Block;
+
+struct Thread {
+  enum class State { ready, waiting, ended };
+
+  Fiber* fiber = nullptr;
+  Block* block = nullptr;
+  int index = 0;
+  State state = State::ready;
+  // What a waiting thread waits for: a barrier or a rendezvous, or, where this is null, its predicate.
+  const void* waits_on = nullptr;
+  bool (*predicate)(const void*) = nullptr;
+  const void* predicate_data = nullptr;
+  const char* what = "";
+  Site site{};
+  void* operand = nullptr;
+  std::any user_state;
+};
+
+struct Barrier {
+  int threads = 0;
+  int arrived = 0;
+  Site site{};
+};
+
+// A collective of the lanes in `mask` (all 128 threads of a warpgroup) for which some have come.
+struct Rendezvous {
+  uint32_t mask = 0;
+  int arrived = 0;
+  const char* what = "";
+  CollectiveBody run = nullptr;
+  const void* body = nullptr;
+};
+
+struct Block {
+  uint3 index{};
+  char* shared = nullptr;
+  std::vector<Thread> threads;
+  int live = 0;
+  std::vector<uint32_t> live_lanes;  // of each warp
+  std::array<Barrier, kBarriers> barriers;
+  // Collectives of disjoint masks may be open in a warp at once, one a lowest lane.
+  std::vector<std::array<Rendezvous, kWarp>> warps;
+  std::vector<Rendezvous> warpgroups;
+  std::deque<std::function<void()>> later;
+};
+
+struct Launch {
+  const char* kernel;
+  void (*run)(const void*);
+  const void* closure;
+  size_t shared_bytes;
+};
+
+enum class Order { forward, reverse, random };
+
+Order order = Order::forward;
+uint64_t random_state = 0;
+Launch current_launch{};
+Thread* current = nullptr;
+Fiber scheduler;
+std::deque<Fiber> fibers;
+
+[[noreturn]] void die(const std::string& message) {
+  std::fprintf(stderr, "CUDA emulator: %s\n  in %s\n", message.c_str(), current_launch.kernel);
+  if (current != nullptr)
+    std::fprintf(stderr, "  block %u of %u, thread %d of %u\n", current->block->index.x, gridDim.x, current->index,
+                 blockDim.x);
+  std::fflush(stderr);
+  std::abort();
+}
+
+std::string place(const Site& site) {
+  return std::string(site.file_name()) + ":" + std::to_string(site.line()) + " (" + site.function_name() + ")";
+}
+
+bool same_place(const Site& a, const Site& b) {
+  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
+uint64_t next_random(uint64_t below) {
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+  return (random_state >> 33) % below;
+}
+
+void choose_order() {
+  const char* variable = std::getenv("LCR2S_EMULATE_ORDER");
+  const std::string wanted = variable ? variable : "forward";
+  if (wanted == "forward") {
+    order = Order::forward;
+  } else if (wanted == "reverse") {
+    order = Order::reverse;
+  } else if (wanted.rfind("random:", 0) == 0) {
+    order = Order::random;
+    random_state = std::strtoull(wanted.c_str() + 7, nullptr, 10);
+  } else {
+    die("LCR2S_EMULATE_ORDER must be forward, reverse or random:<seed>, got " + wanted);
+  }
+}
+
+template <class Item>
+void arrange(std::vector<Item>& items) {
+  if (order == Order::reverse) std::reverse(items.begin(), items.end());
+  if (order == Order::random)
+    for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[next_random(i)]);
+}
+
+void release(Block& block, const void* waited) {
+  for (Thread& thread : block.threads)
+    if (thread.state == Thread::State::waiting && thread.waits_on == waited) thread.state = Thread::State::ready;
+}
+
+void suspend(const void* waits_on, const char* what, const Site& site) {
+  Thread& me = *current;
+  me.state = Thread::State::waiting;
+  me.waits_on = waits_on;
+  me.what = what;
+  me.site = site;
+  switch_fiber(*me.fiber, scheduler);
+}
+
+bool complete(const Block& block, const Barrier& barrier) {
+  return barrier.arrived > 0 && barrier.arrived == (barrier.threads ? barrier.threads : block.live);
+}
+
+void arrive(int id, int threads, bool waits, const char* what, const Site& site) {
+  if (id < 0 || id >= kBarriers) die("barrier " + std::to_string(id) + " at " + place(site) + ": there are 16");
+  Block& block = *current->block;
+  Barrier& barrier = block.barriers[static_cast<size_t>(id)];
+  if (barrier.arrived > 0 && barrier.threads != threads)
+    die(std::string(what) + " at " + place(site) + " is for " + std::to_string(threads) + " threads, but for " +
+        std::to_string(barrier.threads) + " at " + place(barrier.site));
+  if (barrier.arrived > 0 && threads == 0 && !same_place(barrier.site, site))
+    die("divergent " + std::string(what) + ": this thread is at " + place(site) + ", another waits at " +
+        place(barrier.site));
+  barrier.threads = threads;
+  barrier.site = site;
+  ++barrier.arrived;
+  if (complete(block, barrier)) {
+    barrier.arrived = 0;
+    release(block, &barrier);
+  } else if (waits) {
+    suspend(&barrier, what, site);
+  }
+}
+
+bool complete(const Block& block, const Rendezvous& open, int group) {
+  if (group == kWarpgroup) return open.arrived == kWarpgroup;
+  const uint32_t lanes = block.live_lanes[static_cast<size_t>(current->index / kWarp)];
+  return open.arrived > 0 && open.arrived == std::popcount(open.mask & lanes);
+}
+
+// Runs the collective over the threads that wait for it, and the current one if it has come, and lets them go on.
+void finish(Block& block, Rendezvous& open, int group, bool with_current) {
+  void* operands[kWarpgroup];
+  const int first = current->index / group * group;
+  const int count = std::min(group, static_cast<int>(block.threads.size()) - first);
+  std::fill_n(operands, group, nullptr);
+  for (int i = 0; i < count; ++i) {
+    Thread& thread = block.threads[static_cast<size_t>(first + i)];
+    const bool waits = thread.state == Thread::State::waiting && thread.waits_on == &open;
+    if (waits || (with_current && &thread == current)) operands[i] = thread.operand;
+    if (waits) thread.state = Thread::State::ready;
+  }
+  open.arrived = 0;
+  open.run(operands, open.body);
+}
+
+// The end of a thread completes what only waited for it.
+void end_thread() {
+  Thread& me = *current;
+  Block& block = *me.block;
+  me.state = Thread::State::ended;
+  --block.live;
+  block.live_lanes[static_cast<size_t>(me.index / kWarp)] &= ~(1u << me.index % kWarp);
+  for (Barrier& barrier : block.barriers) {
+    if (barrier.threads == 0 && complete(block, barrier)) {
+      barrier.arrived = 0;
+      release(block, &barrier);
+    }
+  }
+  for (Rendezvous& open : block.warps[static_cast<size_t>(me.index / kWarp)])
+    if (complete(block, open, kWarp)) finish(block, open, kWarp, false);
+}
+
+void thread_main() {
+  entered();
+  current_launch.run(current_launch.closure);
+  end_thread();
+  leave(*current->fiber, scheduler);
+}
+
+void resume(Thread& thread) {
+  current = &thread;
+  threadIdx = {static_cast<unsigned>(thread.index), 0, 0};
+  blockIdx = thread.block->index;
+  switch_fiber(scheduler, *thread.fiber);
+  current = nullptr;
+}
+
+[[noreturn]] void report_deadlock(const std::vector<Thread*>& threads) {
+  std::map<std::string, std::pair<int, const Thread*>> groups;
+  for (const Thread* thread : threads) {
+    const std::string key = thread->state == Thread::State::ended
+                                ? "have ended"
+                                : "wait for " + std::string(thread->what) + " at " + place(thread->site);
+    const auto [group, fresh] = groups.try_emplace(key, 0, thread);
+    ++group->second.first;
+    static_cast<void>(fresh);
+  }
+  std::string message = "deadlock";
+  for (const auto& [key, group] : groups)
+    message += "\n  " + std::to_string(group.first) + " thread(s) " + key + ", first: thread " +
+               std::to_string(group.second->index) + " of block " + std::to_string(group.second->block->index.x);
+  die(message);
+}
+
+// Runs all threads of these blocks to their end.
+void run_together(std::vector<std::unique_ptr<Block>>& blocks) {
+  std::vector<Thread*> threads;
+  for (const auto& block : blocks)
+    for (Thread& thread : block->threads) threads.push_back(&thread);
+  while (fibers.size() < threads.size()) create(fibers.emplace_back());
+  for (size_t i = 0; i < threads.size(); ++i) {
+    threads[i]->fiber = &fibers[i];
+    prepare(fibers[i], thread_main);
+  }
+  if (order == Order::reverse) arrange(threads);
+  size_t running = threads.size();
+  while (running > 0) {
+    if (order == Order::random) arrange(threads);
+    bool progress = false;
+    for (Thread* thread : threads) {
+      if (thread->state == Thread::State::waiting && thread->waits_on == nullptr) {
+        current = thread;
+        if (thread->predicate(thread->predicate_data)) thread->state = Thread::State::ready;
+        current = nullptr;
+      }
+      if (thread->state != Thread::State::ready) continue;
+      resume(*thread);
+      progress = true;
+      running -= thread->state == Thread::State::ended;
+    }
+    for (const auto& block : blocks) {
+      if (progress || block->later.empty()) continue;
+      const std::function<void()> work = std::move(block->later.front());
+      block->later.pop_front();
+      work();
+      progress = true;
+    }
+    if (!progress) report_deadlock(threads);
+  }
+}
+
+std::unique_ptr<Block> make_block(unsigned index, int threads) {
+  auto block = std::make_unique<Block>();
+  block->index = {index, 0, 0};
+  block->threads = std::vector<Thread>(static_cast<size_t>(threads));
+  for (int i = 0; i < threads; ++i) {
+    block->threads[static_cast<size_t>(i)].block = block.get();
+    block->threads[static_cast<size_t>(i)].index = i;
+  }
+  block->live = threads;
+  for (int i = 0; i < threads; i += kWarp)
+    block->live_lanes.push_back(threads - i >= kWarp ? 0xffffffffu : (1u << (threads - i)) - 1u);
+  block->warps.resize(static_cast<size_t>((threads + kWarp - 1) / kWarp));
+  block->warpgroups.resize(static_cast<size_t>((threads + kWarpgroup - 1) / kWarpgroup));
+  // Exactly as large as asked for, so that AddressSanitizer sees what lies outside; NaN to begin with.
+  void* memory = nullptr;
+  if (current_launch.shared_bytes > 0 && posix_memalign(&memory, 1024, current_launch.shared_bytes) != 0)
+    die("no memory for shared memory");
+  if (memory != nullptr) std::memset(memory, 0xff, current_launch.shared_bytes);
+  block->shared = static_cast<char*>(memory);
+  return block;
+}
+
+void finish_block(Block& block) {
+  if (!block.later.empty())
+    die("block " + std::to_string(block.index.x) + " ended before its asynchronous work was done");
+  std::free(block.shared);
+}
+
+int environment_number(const char* name, int fallback) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? fallback : std::atoi(value);
+}
+
+int capability() { return environment_number("LCR2S_EMULATE_CAPABILITY", 90); }
+
+int shared_limit() {
+  switch (capability()) {
+    case 80:
+      return 163 * 1024;
+    case 90:
+    case 100:
+      return 227 * 1024;
+    default:
+      return 99 * 1024;
+  }
+}
+
+int multiprocessors() { return environment_number("LCR2S_EMULATE_MULTIPROCESSORS", 4); }
+
+std::recursive_mutex launch_mutex;
+std::map<const void*, int> shared_limits;
+
+}  // namespace
+
+void fail(const char* message, Site site) { die(std::string(message) + " at " + place(site)); }
+
+char* dynamic_shared() { return current->block->shared; }
+int64_t dynamic_shared_bytes() { return static_cast<int64_t>(current_launch.shared_bytes); }
+
+void wait_until_true(bool (*predicate)(const void*), const void* data, const char* what, Site site) {
+  if (predicate(data)) return;
+  current->predicate = predicate;
+  current->predicate_data = data;
+  suspend(nullptr, what, site);
+}
+
+void barrier_sync(int id, int threads, const char* what, Site site) { arrive(id, threads, true, what, site); }
+void barrier_arrive(int id, int threads, const char* what, Site site) { arrive(id, threads, false, what, site); }
+
+void later(std::function<void()> work) {
+  if (order == Order::reverse)
+    work();
+  else
+    current->block->later.push_back(std::move(work));
+}
+
+std::any& thread_state() { return current->user_state; }
+
+void collective(int group, uint32_t mask, void* operand, CollectiveBody run, const void* body, const char* what,
+                Site site) {
+  Thread& me = *current;
+  Block& block = *me.block;
+  const int first = me.index / group * group;
+  if (group == kWarp && !(mask >> (me.index - first) & 1u))
+    die(std::string(what) + " at " + place(site) + ": the mask leaves out the calling lane");
+  Rendezvous& open =
+      group == kWarp ? block.warps[static_cast<size_t>(me.index / kWarp)][static_cast<size_t>(std::countr_zero(mask))]
+                     : block.warpgroups[static_cast<size_t>(me.index / kWarpgroup)];
+  if (open.arrived > 0 && (open.mask != mask || std::strcmp(open.what, what) != 0))
+    die("divergent warp: this lane is at " + std::string(what) + " " + place(site) + ", others wait for " + open.what +
+        ", or with another mask");
+  open.mask = mask;
+  open.what = what;
+  open.run = run;
+  open.body = body;
+  ++open.arrived;
+  me.operand = operand;
+  if (complete(block, open, group))
+    finish(block, open, group, true);
+  else
+    suspend(&open, what, site);
+}
+
+cudaError_t set_shared_limit(const void* kernel, int bytes) {
+  const std::lock_guard<std::recursive_mutex> lock(launch_mutex);
+  if (bytes < 0 || bytes > shared_limit()) return cudaErrorInvalidValue;
+  shared_limits[kernel] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t blocks_per_multiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
+  if (threads < 1 || threads > kMaxThreads) return cudaErrorInvalidValue;
+  const auto by_shared = static_cast<int>((static_cast<size_t>(shared_limit()) + 1024) / (shared_bytes + 1024));
+  *blocks = std::min({2, 2048 / threads, by_shared});
+  return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const char* name, void (*run)(const void*),
+                   const void* closure) {
+  const std::lock_guard<std::recursive_mutex> lock(launch_mutex);
+  current_launch = {name, run, closure, config.dynamicSmemBytes};
+  if (current != nullptr) die("a kernel launches a kernel");
+  const int threads = static_cast<int>(config.blockDim.x);
+  const auto limit = shared_limits.find(kernel);
+  if (threads < 1 || threads > kMaxThreads || config.blockDim.y != 1 || config.blockDim.z != 1 ||
+      config.gridDim.x < 1 || config.gridDim.y != 1 || config.gridDim.z != 1 ||
+      config.dynamicSmemBytes > static_cast<size_t>(limit == shared_limits.end() ? 48 * 1024 : limit->second))
+    return cudaErrorInvalidValue;
+  choose_order();
+  blockDim = config.blockDim;
+  gridDim = config.gridDim;
+  bool cooperative = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    cooperative |= config.attrs[i].id == cudaLaunchAttributeCooperative && config.attrs[i].val.cooperative != 0;
+  std::vector<std::unique_ptr<Block>> together;
+  if (cooperative) {
+    int per_multiprocessor = 0;
+    blocks_per_multiprocessor(&per_multiprocessor, kernel, threads, config.dynamicSmemBytes);
+    if (config.gridDim.x > static_cast<unsigned>(per_multiprocessor * multiprocessors()))
+      return cudaErrorCooperativeLaunchTooLarge;
+    for (unsigned i = 0; i < gridDim.x; ++i) together.push_back(make_block(i, threads));
+    run_together(together);
+    for (const auto& block : together) finish_block(*block);
+    return cudaSuccess;
+  }
+  std::vector<unsigned> indices(gridDim.x);
+  std::iota(indices.begin(), indices.end(), 0u);
+  arrange(indices);
+  for (const unsigned index : indices) {
+    together.clear();
+    together.push_back(make_block(index, threads));
+    run_together(together);
+    finish_block(*together.front());
+  }
+  return cudaSuccess;
+}
+
+}  // namespace lcr2s::emulation
+
+using namespace lcr2s::emulation;
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
+    default:
+      return "invalid argument";
+  }
+}
+
+// What callers cache by device stays right when the environment changes: each setting is a device of its own.
+cudaError_t cudaGetDevice(int* device) {
+  *device = 1000 * multiprocessors() + capability();
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = multiprocessors();
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability() / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability() % 10;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = shared_limit();
+      return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  std::memset(pointer, value, bytes);
+  return cudaSuccess;
+}
