@@ -30,8 +30,9 @@ test: build
 
 # On a CUDA machine, from a bare tree, with the python on PATH: build, tests on CUDA and Triton, compute-sanitizer and the
 # benchmark sweep, in under nine minutes. Logs, results.csv and summary.txt go to OUT.
+gpu: OUT = gpu_out
 gpu:
-	.ci/gpu $(OUT)
+	.ci/gpu "$(OUT)"
 
 # The CPU kernels under AddressSanitizer and UBSan, once with the baseline instruction set and once with the vector width and
 # tiles of AVX-512 compiled for AVX2 processors.
