@@ -9,8 +9,21 @@
 #include "../cpu/features.h"
 #include "common.h"
 
-// Feature rows and temporary memory, handed from tensors to the kernels of csrc/cpu.
+// Feature rows and temporary memory, handed from tensors to the kernels.
 namespace lcr2s {
+
+inline DType dtype_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      return DType::float32;
+  }
+}
 
 // Temporary memory of one operator call, from torch's allocator.
 class Workspace {
@@ -43,11 +56,15 @@ class Workspace {
   std::vector<Tensor> blocks_;
 };
 
-// (rows, width) features on the CPU, both at least 1; copied only where a row is not contiguous.
+// (rows, width) features on one device, the CPU unless said otherwise, both at least 1; copied only where a row is not
+// contiguous.
 class FeatureRows {
  public:
-  FeatureRows(const char* op, const char* name, const Tensor& tensor) : tensor_(tensor) {
-    check_cpu(op, name, tensor);
+  using CheckDevice = void (*)(const char* op, const char* name, const Tensor& tensor);
+
+  FeatureRows(const char* op, const char* name, const Tensor& tensor, CheckDevice check_device = check_cpu)
+      : tensor_(tensor) {
+    check_device(op, name, tensor);
     check_dim(op, name, tensor, 2);
     check_floating(op, name, tensor);
     if (tensor.size(0) == 0 || tensor.size(1) == 0) fail(op, "`", name, "` must not be empty, got ", shape_of(tensor));
@@ -58,23 +75,11 @@ class FeatureRows {
   bool wide() const { return tensor_.scalar_type() == ScalarType::Double; }
 
   cpu::Features view() const {
-    return {tensor_.const_data_ptr(), dtype(), tensor_.size(0), tensor_.size(1), tensor_.stride(0)};
+    return {tensor_.const_data_ptr(), dtype_of(tensor_.scalar_type()), tensor_.size(0), tensor_.size(1),
+            tensor_.stride(0)};
   }
 
  private:
-  DType dtype() const {
-    switch (tensor_.scalar_type()) {
-      case ScalarType::Double:
-        return DType::float64;
-      case ScalarType::BFloat16:
-        return DType::bfloat16;
-      case ScalarType::Half:
-        return DType::float16;
-      default:
-        return DType::float32;
-    }
-  }
-
   Tensor tensor_;
 };
 
