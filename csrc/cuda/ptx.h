@@ -119,14 +119,6 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
                : "memory");
 }
 
-// Matrix in shared memory for wgmma: K-major with the 128-byte swizzle, groups of eight rows 1024 bytes apart.
-__device__ __forceinline__ uint64_t matrix_descriptor(const void* matrix) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;
-  constexpr uint64_t kLeading = uint64_t{1} << 16;
-  return kSwizzle128 | kStride | kLeading | ((shared_address(matrix) & 0x3ffffu) >> 4);
-}
-
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most kPending groups of wgmma are under way.
@@ -185,3 +177,17 @@ LCR2S_WGMMA_N128(Half, "f16")
 }  // namespace lcr2s::cuda::ptx
 
 #endif  // LCR2S_EMULATE_CUDA
+
+#if LCR2S_WGMMA
+namespace lcr2s::cuda::ptx {
+
+// Matrix in shared memory for wgmma: K-major with the 128-byte swizzle, groups of eight rows 1024 bytes apart.
+__device__ __forceinline__ uint64_t matrix_descriptor(const void* matrix) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;
+  constexpr uint64_t kLeading = uint64_t{1} << 16;
+  return kSwizzle128 | kStride | kLeading | ((shared_address(matrix) & 0x3ffffu) >> 4);
+}
+
+}  // namespace lcr2s::cuda::ptx
+#endif

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <deque>
+#include <string>
 #include <vector>
 
 #include "../cuda/element.h"
@@ -42,9 +43,13 @@ struct Shadow {
   int in_flight;
 };
 
+inline bool works_late() {
+  const char* order = std::getenv("LCR2S_EMULATE_ORDER");
+  return order == nullptr || std::string(order) != "reverse";
+}
+
 struct ThreadState {
-  bool late =
-      std::getenv("LCR2S_EMULATE_ORDER") == nullptr || std::string(std::getenv("LCR2S_EMULATE_ORDER")) != "reverse";
+  bool late = works_late();
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> copy_groups;
   std::vector<Wgmma> open_wgmma;
@@ -323,6 +328,7 @@ void wgmma_wait(Site site = Site::current()) {
         detail::ThreadState* states[32];
         for (int lane = 0; lane < 32; ++lane) states[lane] = lanes[lane]->state;
         while (states[0]->wgmma_groups.size() > kPending) detail::carry_out_group(states, lanes[0]->thread / 32 % 4);
+        for (detail::ThreadState* state : states) state->fenced = state->fenced && !state->wgmma_groups.empty();
       },
       "wgmma.wait_group", site);
 }
