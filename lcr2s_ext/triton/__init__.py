@@ -13,7 +13,9 @@ import re
 MINIMUM = (3, 6)
 """The oldest triton that the kernels run with."""
 
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "support_attention": "support_attention",
+}
 """Operator -> the module that holds it."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
