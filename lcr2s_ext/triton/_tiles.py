@@ -1,0 +1,341 @@
+"""What every kernel over a cosine matrix needs: packed rows, tiles of dot products, gradients of unit rows.
+
+Features are copied once into *packed rows*: each row times a power of two that brings its norm into [1, 2), or
+[2^14, 2^15) for float16. That is exact, unlike a division by the norm, so a cosine is the dot product of two packed rows
+times their two reciprocal norms, and tensor cores see the features' own digits. Packed rows are padded with zeros to
+whole tiles, so loads need no mask.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcr2s_ext.triton import INTERPRETED
+from lcr2s_ext.triton._launch import input_precision, wrap_triton
+
+TILE = 128
+"""Rows and columns of a tile of cosines, at most; packed rows are padded to a multiple of it."""
+
+_WIDTH = 64
+_PACK_ROWS = 4
+_PACK_WIDTH = 256
+_GROUP = tl.constexpr(8)
+_UPCAST = tl.constexpr(INTERPRETED)
+
+
+class PackedRows(NamedTuple):
+    """Packed rows of one (rows, width) tensor of features."""
+
+    data: Tensor
+    """(padded rows, padded width), float32, bfloat16 or float16."""
+    scalars: Tensor
+    """(3, padded rows) float32: reciprocal norm of the packed row, the power of two, norm of the original row. The
+    first two are 0 for a zero row, and NaN where the row has a NaN or an infinity."""
+    rows: int
+    width: int
+
+
+class TileShape(NamedTuple):
+    """Compile-time parameters of a kernel over tiles of dot products."""
+
+    rows: int
+    columns: int
+    depth: int
+    precision: str
+    num_warps: int
+    num_stages: int
+
+    def constants(self) -> dict[str, int | str]:
+        """As keyword arguments of a launch."""
+        return {
+            "TILE_ROWS": self.rows,
+            "TILE_COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "PRECISION": self.precision,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def packed_exponent(dtype: torch.dtype) -> int:
+    """Packed rows of `dtype` have norms in [2^e, 2^(e+1)): in float16 large ones, so that small elements stay exact."""
+    return 14 if dtype == torch.float16 else 0
+
+
+def pack_rows(features: Tensor, dtype: torch.dtype) -> PackedRows:
+    """Pack (rows, width) features as `dtype`, which holds theirs exactly."""
+    rows, width = features.shape
+    if features.stride(1) != 1:
+        features = features.contiguous()
+    padded_rows, padded_width = round_up(rows, TILE), round_up(width, _WIDTH)
+    data = features.new_empty((padded_rows, padded_width), dtype=dtype)
+    scalars = features.new_empty((3, padded_rows), dtype=torch.float32)
+    wrap_triton(pack_rows_kernel)[(padded_rows // _PACK_ROWS,)](
+        features,
+        features.stride(0),
+        rows,
+        width,
+        data,
+        scalars,
+        padded_rows,
+        padded_width,
+        EXPONENT=packed_exponent(dtype),
+        ROWS=_PACK_ROWS,
+        WIDTH=_PACK_WIDTH,
+        num_warps=4,
+    )
+    return PackedRows(data, scalars, rows, width)
+
+
+@triton.jit
+def pack_rows_kernel(
+    features,
+    stride,
+    rows,
+    width,
+    data,
+    scalars,
+    padded_rows,
+    padded_width,
+    EXPONENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Packed rows and their scalars, ROWS rows a program."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    source = features + row[:, None].to(tl.int64) * stride
+    target = data + row[:, None].to(tl.int64) * padded_width
+    lane = tl.arange(0, WIDTH)[None, :]
+    # In float64 no square of a float32 overflows or underflows.
+    squares = tl.zeros([ROWS, WIDTH], tl.float64)
+    for at in range(0, width, WIDTH):
+        x = tl.load(source + at + lane, mask=(row < rows)[:, None] & (at + lane < width), other=0.0)
+        x = x.to(tl.float32).to(tl.float64)
+        squares += x * x
+    norm = tl.sqrt(tl.sum(squares, 1))
+    exponent = ((norm.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
+    power = tl.minimum(tl.maximum(EXPONENT - exponent, -126), 126).to(tl.int32)
+    step = ((power + 127) << 23).to(tl.float32, bitcast=True)
+    reciprocal = (1.0 / tl.where(norm > 0, norm * step.to(tl.float64), 1.0)).to(tl.float32)
+    # Not a number, rather than 0, where the norm is infinite.
+    defined = tl.where(norm < float("inf"), tl.where(norm > 0, 1.0, 0.0), float("nan")).to(tl.float32)
+    step *= defined
+    tl.store(scalars + row, reciprocal * defined)
+    tl.store(scalars + padded_rows + row, step)
+    tl.store(scalars + 2 * padded_rows + row, norm.to(tl.float32))
+    for at in range(0, padded_width, WIDTH):
+        x = tl.load(source + at + lane, mask=(row < rows)[:, None] & (at + lane < width), other=0.0)
+        packed = (x.to(tl.float32) * step[:, None]).to(data.dtype.element_ty)
+        tl.store(target + at + lane, packed, mask=at + lane < padded_width)
+
+
+@triton.jit
+def tile_position(index, row_tiles, column_tiles):
+    """(row tile, column tile) of the index-th tile: down _GROUP tiles of a column, then the next column, so that tiles
+    in flight together share their rows and columns in L2."""
+    strip = index // (_GROUP * column_tiles)
+    first = strip * _GROUP
+    height = tl.minimum(row_tiles - first, _GROUP)
+    within = index - first * column_tiles
+    return first + within % height, within // height
+
+
+@triton.jit
+def tile_product(
+    a,
+    b,
+    width,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Dot products (TILE_ROWS, TILE_COLUMNS) of packed rows: those that start at `a` with those that start at `b`."""
+    depth = tl.arange(0, DEPTH)
+    a += tl.arange(0, TILE_ROWS)[:, None] * width + depth[None, :]
+    b += tl.arange(0, TILE_COLUMNS)[None, :] * width + depth[:, None]
+    total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    for _ in range(0, width, DEPTH):
+        x = tl.load(a)
+        y = tl.load(b)
+        if _UPCAST:
+            # The interpreter's dot takes bfloat16 for integers; a product of halves is exact in float32 anyway.
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+        a += DEPTH
+        b += DEPTH
+    return total
+
+
+def tile_shape(dtype: torch.dtype) -> TileShape:
+    """Tiles for one product of packed rows of `dtype` in flight."""
+    if dtype == torch.float32:
+        return TileShape(64, 64, 32, input_precision(dtype), num_warps=4, num_stages=3)
+    return TileShape(TILE, TILE, _WIDTH, "ieee", num_warps=8, num_stages=3)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, accumulated in float32, by the vendor's library."""
+    if a.dtype == torch.float32:
+        # The out= form, because autocast would make a half product of the other.
+        return torch.mm(a, b, out=a.new_empty((a.shape[0], b.shape[1])))
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return product(a.float(), b.float())
+
+
+class Block(NamedTuple):
+    """A part of the cosine matrix: first row and column, and how many, in whole tiles (they may reach into the padding)."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+def blocks(image: PackedRows, text: PackedRows, itemsize: int, workspace_bytes: int) -> list[Block]:
+    """Parts that cover the cosine matrix, each of at most `workspace_bytes` (but at least one tile) of `itemsize`.
+
+    Near squares, because what is read and written beside the products grows with a part's rows plus columns.
+    """
+    rows, columns = image.data.shape[0], text.data.shape[0]
+    area = max(workspace_bytes // (itemsize * TILE * TILE), 1)
+    height, width = rows // TILE, columns // TILE
+    if height * width > area:
+        side = max(math.isqrt(area), 1)
+        width = min(width, max(side, area // height))
+        height = min(height, max(area // width, 1))
+    return [
+        Block(i * TILE, min(height * TILE, rows - i * TILE), j * TILE, min(width * TILE, columns - j * TILE))
+        for i in range(0, rows // TILE, height)
+        for j in range(0, columns // TILE, width)
+    ]
+
+
+class SlabProducts:
+    """slab @ text rows and slab.T @ image rows, summed over the blocks; a product that is not needed stays None."""
+
+    def __init__(self, image: PackedRows, text: PackedRows, need_image: bool, need_text: bool) -> None:
+        self._image, self._text = image, text
+        self._need_image, self._need_text = need_image, need_text
+        self.image: Tensor | None = None
+        self.text: Tensor | None = None
+
+    def add(self, slab: Tensor, block: Block) -> None:
+        """Add what `block` gives; its slab is (block.rows, at least block.columns), zero in the padding."""
+        image, text = self._image, self._text
+        rows, columns = min(block.rows, image.rows - block.row), min(block.columns, text.rows - block.column)
+        slab = slab[:, : block.columns]
+        if self._need_image:
+            part = product(slab[:rows], text.data[block.column : block.column + block.columns, : text.width])
+            self.image = _add(self.image, part, block.row, image.rows, block.column == 0)
+        if self._need_text:
+            part = product(slab[:, :columns].T, image.data[block.row : block.row + block.rows, : image.width])
+            self.text = _add(self.text, part, block.column, text.rows, block.row == 0)
+
+
+def _add(total: Tensor | None, part: Tensor, begin: int, rows: int, first: bool) -> Tensor:
+    if total is None:
+        if part.shape[0] == rows:
+            return part
+        total = part.new_empty((rows, part.shape[1]))
+    target = total[begin : begin + part.shape[0]]
+    if first:
+        target.copy_(part)
+    else:
+        target.add_(part)
+    return total
+
+
+def project(
+    gradient: Tensor,
+    rows: PackedRows,
+    scale: Tensor | None,
+    slab_scale: Tensor | None,
+    norm_gradient: Tensor | None = None,
+) -> None:
+    """From the slab products of :class:`SlabProducts` to the gradient of the features, in place.
+
+    Args:
+        gradient: (rows, width) float32.
+        rows: the features.
+        scale: () float32 factor of the gradient, or None for 1.
+        slab_scale: () float32, what the slabs were multiplied by, or None for 1.
+        norm_gradient: (rows,) float32, dL/d(norm of the row), or None for 0.
+    """
+    one = rows.scalars
+    wrap_triton(project_kernel)[(triton.cdiv(rows.rows, _PACK_ROWS),)](
+        gradient,
+        rows.data,
+        rows.scalars,
+        one if scale is None else scale,
+        one if slab_scale is None else slab_scale,
+        one if norm_gradient is None else norm_gradient,
+        rows.rows,
+        rows.width,
+        rows.data.shape[0],
+        rows.data.shape[1],
+        UNSCALE=4.0 ** -packed_exponent(rows.data.dtype),
+        HAS_SCALE=scale is not None,
+        HAS_SLAB_SCALE=slab_scale is not None,
+        HAS_NORM=norm_gradient is not None,
+        ROWS=_PACK_ROWS,
+        WIDTH=_PACK_WIDTH,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def project_kernel(
+    gradient,
+    data,
+    scalars,
+    scale,
+    slab_scale,
+    norm_gradient,
+    rows,
+    width,
+    padded_rows,
+    padded_width,
+    UNSCALE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SLAB_SCALE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(g - (g . u) u) / |row| for unit rows u, ROWS rows a program."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (row < rows)[:, None]
+    lane = tl.arange(0, WIDTH)[None, :]
+    source = gradient + row[:, None].to(tl.int64) * width
+    packed = data + row[:, None].to(tl.int64) * padded_width
+    along = tl.zeros([ROWS, WIDTH], tl.float32)
+    for at in range(0, width, WIDTH):
+        mask = inside & (at + lane < width)
+        g = tl.load(source + at + lane, mask=mask, other=0.0)
+        along += g * tl.load(packed + at + lane, mask=mask, other=0.0).to(tl.float32)
+    reciprocal = tl.load(scalars + row)
+    by = UNSCALE * tl.load(scalars + padded_rows + row)
+    if HAS_SLAB_SCALE:
+        by /= tl.load(slab_scale)
+    if HAS_SCALE:
+        by *= tl.load(scale)
+    along_row = -by * tl.sum(along, 1) * reciprocal * reciprocal
+    if HAS_NORM:
+        along_row += tl.load(norm_gradient + row, mask=row < rows, other=0.0) * reciprocal
+    for at in range(0, width, WIDTH):
+        mask = inside & (at + lane < width)
+        g = tl.load(source + at + lane, mask=mask, other=0.0)
+        r = tl.load(packed + at + lane, mask=mask, other=0.0).to(tl.float32)
+        tl.store(source + at + lane, by[:, None] * g + along_row[:, None] * r, mask=mask)
