@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lcr2s_ext.data.layouts import DATASETS, LAYOUTS
+
 __all__ = ["main"]
 
-_DATASETS = ("cuhk-pedes",)
 _SPLITS = ("train", "val", "test")
 
 
@@ -33,12 +34,13 @@ def _synth(args: argparse.Namespace) -> int:
 
     folder = generate_corpus(
         args.root,
-        identities=tuple(args.identities),
+        identities=tuple(args.identities) if args.identities else None,
         views=args.views,
         captions_per_image=args.captions,
         seed=args.seed,
         size=tuple(args.size),
         single_view_fraction=args.single_view_fraction,
+        layout=args.layout,
         workers=args.workers,
     )
     print(f"generated corpus written to {folder}")
@@ -51,6 +53,14 @@ def _check(args: argparse.Namespace) -> int:
     report = check_dataset(args.dataset, args.root)
     print(report.format())
     return report.exit_code
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from lcr2s_ext.data import convert_dataset
+
+    folder = convert_dataset(args.dataset, args.root, args.to, args.out, images=args.images)
+    print(f"{args.to} written to {folder}")
+    return 0
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -82,7 +92,9 @@ def _train(args: argparse.Namespace) -> int:
     except ConfigError as error:
         raise UsageError(str(error)) from error
     if not config.data.root:
-        raise UsageError("no data: give --root DIR (the folder that holds CUHK-PEDES/) or data.root=DIR")
+        raise UsageError(
+            "no data: give --root DIR (the folder that holds the dataset's, such as CUHK-PEDES/) or data.root=DIR"
+        )
     if not config.out:
         raise UsageError("no output folder: give --out OUT or out=OUT")
 
@@ -189,8 +201,13 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
         return added
 
     def where(added: argparse.ArgumentParser, required: bool) -> None:
-        added.add_argument("--dataset", choices=_DATASETS, required=required, help="the dataset's layout on disk")
-        added.add_argument("--root", metavar="DIR", required=required, help="folder that holds CUHK-PEDES/")
+        added.add_argument("--dataset", choices=DATASETS, required=required, help="the dataset's layout on disk")
+        added.add_argument(
+            "--root",
+            metavar="DIR",
+            required=required,
+            help="folder that holds the dataset's own, such as CUHK-PEDES/; of a custom one its folder or table",
+        )
 
     demo = command(
         commands, "demo", _demo, "generate a corpus, train every arm, write table, results and a report page"
@@ -201,20 +218,24 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
         demo_module.add_arguments(demo)
     command(commands, "info", _info, "print versions, what was compiled, and which backends can run here")
 
-    data = commands.add_parser("data", help="generate or check a corpus", description="Generate or check a corpus.")
+    data = commands.add_parser(
+        "data", help="generate, check or convert a corpus", description="Generate, check or convert a corpus."
+    )
     data_commands = data.add_subparsers(dest="data_command", required=True, metavar="command")
-    synth = command(data_commands, "synth", _synth, "draw a generated corpus in CUHK-PEDES' layout")
-    synth.add_argument("--root", metavar="DIR", required=True, help="folder to hold CUHK-PEDES/")
+    synth = command(data_commands, "synth", _synth, "draw a generated corpus in a dataset's layout")
+    synth.add_argument("--root", metavar="DIR", required=True, help="folder to hold the dataset's own")
+    synth.add_argument(
+        "--layout", choices=tuple(LAYOUTS), default="cuhk-pedes", help="layout on disk (default: cuhk-pedes)"
+    )
     synth.add_argument(
         "--identities",
         type=int,
         nargs=3,
-        default=[300, 100, 150],
         metavar=("TRAIN", "VAL", "TEST"),
-        help="identities of each split (default: 300 100 150)",
+        help="identities of each split (default: 300 100 150; icfg-pedes has no val: 300 0 150)",
     )
     synth.add_argument("--views", type=_positive, default=4, help="pictures of an identity (default: 4)")
-    synth.add_argument("--captions", type=_positive, default=2, help="sentences of a picture (default: 2)")
+    synth.add_argument("--captions", type=_positive, help="sentences of a picture (default: 2; icfg-pedes: 1)")
     synth.add_argument("--seed", type=int, default=0, help="the same seed draws the same corpus (default: 0)")
     synth.add_argument(
         "--size", type=_positive, nargs=2, default=[64, 32], metavar=("H", "W"), help="pixels (default: 64 32)"
@@ -230,6 +251,11 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
         "print identities, images and captions of each split and every problem; exit 1 where there is an error",
     )
     where(check, required=True)
+    convert = command(data_commands, "convert", _convert, "write a dataset in another dataset's layout, or as a table")
+    where(convert, required=True)
+    convert.add_argument("--to", choices=DATASETS, required=True, help="layout that is written")
+    convert.add_argument("--out", metavar="DIR", required=True, help="folder to hold the new dataset's")
+    convert.add_argument("--images", choices=("link", "copy"), default="link", help="symbolic links or copies")
 
     train = command(
         commands,

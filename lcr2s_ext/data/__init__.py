@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lcr2s_ext.data.augment import BatchAugment
     from lcr2s_ext.data.batches import PersonBatch, TrainingDataset
     from lcr2s_ext.data.check import CheckReport, check_dataset
+    from lcr2s_ext.data.convert import convert_dataset
     from lcr2s_ext.data.datasets import ImageFileError, ImageStore, PersonSplit, load_dataset, make_split
     from lcr2s_ext.data.records import DatasetError
     from lcr2s_ext.data.samplers import IdentityBatchSampler, RandomBatchSampler, SampleBatch
@@ -30,6 +31,7 @@ _HOMES = {
     "SampleBatch": "samplers",
     "TrainingDataset": "batches",
     "check_dataset": "check",
+    "convert_dataset": "convert",
     "generate_corpus": "synth",
     "load_dataset": "datasets",
     "make_split": "datasets",
@@ -49,6 +51,7 @@ __all__ = [
     "SampleBatch",
     "TrainingDataset",
     "check_dataset",
+    "convert_dataset",
     "generate_corpus",
     "load_dataset",
     "make_split",

@@ -6,7 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcr2s_ext.data.records import SPLITS, Annotations, DatasetError, Record, read_annotations
+from lcr2s_ext.data.layouts import LAYOUTS, SPLITS, Layout, check_name
+from lcr2s_ext.data.records import Annotations, DatasetError, Record, find_annotations, read_annotations
 
 
 @dataclass
@@ -28,11 +29,13 @@ class CheckReport:
         errors: One message for each missing or unreadable image, unusable record, duplicate, and identity in several
             splits.
         warnings: One message for each identity with a single view and for odd characters, empty captions and the like.
+        notes: How the counts compare with the published ones.
     """
 
     table: list[SplitCounts] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -48,6 +51,7 @@ class CheckReport:
             "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))])
             for row in rows
         ]
+        lines += [f"note: {message}" for message in self.notes]
         lines += [f"error: {message}" for message in self.errors]
         lines += [f"warning: {message}" for message in self.warnings]
         lines.append(f"{len(self.errors)} error(s), {len(self.warnings)} warning(s)")
@@ -82,8 +86,8 @@ def check_dataset(name: str, root: str | Path) -> CheckReport:
     """Reads a dataset to the last image and lists every problem.
 
     Args:
-        name: "cuhk-pedes".
-        root: Folder that holds the dataset's folder, or that folder itself.
+        name: "cuhk-pedes", "icfg-pedes", "rstpreid" or "custom".
+        root: Folder that holds the dataset's folder, or that folder itself; of a custom dataset its folder or file.
 
     Raises:
         TypeError, ValueError: An unknown dataset. Whatever is wrong on disk, a missing annotation file included, is an
@@ -123,9 +127,35 @@ def check_dataset(name: str, root: str | Path) -> CheckReport:
                 sum(len(record.captions) for record in own),
             )
         )
-        if not own:
-            report.warnings.append(f"split {split} is empty")
+    layout = LAYOUTS.get(check_name(name))
+    published = layout.counts if layout else dict.fromkeys(SPLITS)
+    for row in report.table:
+        if not row.images and row.split in published:
+            report.warnings.append(f"split {row.split} is empty")
+    if layout:
+        if layout.one_caption:
+            several = [record for record in found.records if len(record.captions) > 1]
+            report.warnings += [
+                f"record {record.number} ({record.path}) has {len(record.captions)} captions, {layout.folder} has one"
+                for record in several
+            ]
+        _compare_with_published(report, layout, find_annotations(name, root)[0])
     return report
+
+
+def _compare_with_published(report: CheckReport, layout: Layout, folder: Path) -> None:
+    """Counts beside the published ones; a generated corpus says itself that it is not the dataset."""
+    if (folder / "generated.json").exists():
+        return
+    found = {row.split: (row.identities, row.images, row.captions) for row in report.table}
+    expected = {split: layout.counts.get(split, (0, 0, 0)) for split in SPLITS}
+    if found == expected:
+        report.notes.append(f"the counts are those published for {layout.folder}")
+    else:
+        published = "; ".join(f"{split} {' / '.join(map(str, expected[split]))}" for split in SPLITS)
+        report.notes.append(
+            f"not the whole {layout.folder}: published are {published} (identities / images / captions)"
+        )
 
 
 def _check_images(found: Annotations, report: CheckReport) -> None:

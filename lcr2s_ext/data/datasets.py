@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcr2s_ext.data.records import SPLITS, Annotations, DatasetError, Record, read_annotations
+from lcr2s_ext.data.layouts import SPLITS
+from lcr2s_ext.data.records import Annotations, DatasetError, Record, read_annotations
 
 _SHOWN = 5
 
@@ -103,7 +106,7 @@ def _listing(messages: Sequence[str]) -> str:
     return "; ".join(messages[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _merge_duplicates(found: Annotations) -> list[Record]:
+def merge_duplicates(found: Annotations) -> list[Record]:
     """Records with each image once: captions of a repeated image go to its first record."""
     first: dict[str, Record] = {}
     for record in found.records:
@@ -125,8 +128,9 @@ def load_dataset(name: str, root: str | Path) -> dict[str, PersonSplit]:
     An image listed twice is kept once, with the captions of both records. ``lcr2s data check`` reports this and more.
 
     Args:
-        name: "cuhk-pedes".
-        root: Folder that holds the dataset's folder (``CUHK-PEDES/``), or that folder itself.
+        name: "cuhk-pedes", "icfg-pedes", "rstpreid", or "custom" for a table of one's own.
+        root: Folder that holds the dataset's folder (such as ``CUHK-PEDES/``), or that folder itself; of a custom
+            dataset its folder or file.
 
     Returns:
         "train", "val" and "test"; a split that the file does not have is empty.
@@ -141,7 +145,7 @@ def load_dataset(name: str, root: str | Path) -> dict[str, PersonSplit]:
         raise DatasetError(f"{found.file}: {_listing(found.errors)}. `lcr2s data check` lists every problem")
     if not found.records:
         raise DatasetError(f"{found.file} holds no records")
-    records = _merge_duplicates(found)
+    records = merge_duplicates(found)
     missing = [str(found.image_path(record)) for record in records if not found.image_path(record).is_file()]
     if missing:
         raise FileNotFoundError(f"{found.file} names {len(missing)} image(s) that are missing: {_listing(missing)}")
@@ -199,12 +203,22 @@ class ImageStore:
         size: Height and width in pixels that every image is brought to (bilinear).
         cache: Keep what was decoded in memory: n * 3 * H * W bytes in the end. Call :meth:`all` before worker
             processes are started, so that they share it.
+        cache_dir: Folder for a file of all images, decoded and resized once and mapped into memory from then on
+            (``cache`` is then without effect). It is written when images are first asked for and found again as long
+            as paths, file sizes, modification times and ``size`` are the same.
 
     Raises:
         TypeError, ValueError: ``size`` is not two positive ints.
     """
 
-    def __init__(self, paths: Sequence[str | Path], size: tuple[int, int], *, cache: bool = True) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        size: tuple[int, int],
+        *,
+        cache: bool = True,
+        cache_dir: str | Path | None = None,
+    ) -> None:
         if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(type(side) is int for side in size):
             raise TypeError(f"size must be two ints (height, width), got {size!r}")
         if min(size) < 1:
@@ -214,6 +228,7 @@ class ImageStore:
         self.cache = cache
         self._pixels: Tensor | None = None
         self._decoded = np.zeros(len(self.paths), dtype=bool)
+        self._cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -237,7 +252,10 @@ class ImageStore:
         rows = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
             raise IndexError(f"indices must lie in [0, {len(self)}), got {int(rows.min())}..{int(rows.max())}")
-        if not self.cache:
+        if self._cache_dir is not None and self._pixels is None and len(self):
+            self._pixels = self._mapped(self._cache_dir)
+            self._decoded[:] = True
+        if not self.cache and self._pixels is None:
             out = torch.empty((len(rows), 3, *self.size), dtype=torch.uint8)
             for position, row in enumerate(rows.tolist()):
                 out[position] = torch.from_numpy(decode_image(self.paths[row], self.size))
@@ -250,7 +268,27 @@ class ImageStore:
                 self._decoded[row] = True
         return self._pixels[rows]
 
+    def _mapped(self, folder: Path) -> Tensor:
+        """All images from the file in ``folder``, which is written first where it is missing."""
+        described = [(str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in self.paths]
+        digest = hashlib.sha256(repr((self.size, described)).encode()).hexdigest()[:24]
+        file = folder / f"images-{self.size[0]}x{self.size[1]}-{digest}.npy"
+        if not file.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Under another name until it is whole: other processes may look for it, and this one may be killed.
+            part = file.with_suffix(f".{os.getpid()}.part")
+            try:
+                pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(self), 3, *self.size))
+                for row, path in enumerate(self.paths):
+                    pixels[row] = decode_image(path, self.size)
+                pixels.flush()
+                os.replace(part, file)
+            finally:
+                part.unlink(missing_ok=True)
+        # Copy-on-write: whoever wrote to a returned tensor would not reach the file.
+        return torch.from_numpy(np.load(file, mmap_mode="c"))
+
     def all(self) -> Tensor:
-        """Every image as uint8 (n, 3, H, W); with ``cache`` this is the store's own memory, not to be written to."""
+        """Every image as uint8 (n, 3, H, W); where images are kept, the store's own memory: not to be written to."""
         everything = self.load(torch.arange(len(self)))
         return everything if self._pixels is None else self._pixels

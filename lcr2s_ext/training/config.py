@@ -36,7 +36,7 @@ class DataConfig:
 
     dataset: str = "cuhk-pedes"
     root: str = ""
-    """Folder that holds the dataset's own folder (``CUHK-PEDES/``)."""
+    """Folder that holds the dataset's own folder (such as ``CUHK-PEDES/``); of a ``custom`` dataset its folder."""
     sampler: str = "random"
     """``random`` over captions, or ``identity``: P identities x K instances."""
     batch_size: int | None = None
@@ -62,6 +62,8 @@ class DataConfig:
     """Processes that make batches; 0 makes them in the training process, best where images fit into memory."""
     cache: bool = True
     """Keep decoded images (uint8, at the model's size) in memory."""
+    cache_dir: str = ""
+    """Folder for files of decoded images, written once and mapped into memory by every later run; empty for none."""
 
 
 @dataclass

@@ -157,7 +157,10 @@ def prepare_data(config: TrainConfig, *, tokenizer: CaptionTokenizer | None = No
         tokenizer = CaptionTokenizer.train(
             splits["train"].captions, vocab_size=config.data.vocab_size, max_length=config.data.max_length
         )
-    stores = {name: ImageStore(split.image_paths, size, cache=config.data.cache) for name, split in splits.items()}
+    stores = {
+        name: ImageStore(split.image_paths, size, cache=config.data.cache, cache_dir=config.data.cache_dir or None)
+        for name, split in splits.items()
+    }
     tokens = {name: tokenizer.encode(split.captions) for name, split in splits.items() if len(split.captions)}
     return TrainingData(splits, stores, tokenizer, tokens, size)
 

@@ -70,7 +70,7 @@ def test_missing_folder_says_what_was_looked_for(tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"name must be one of cuhk-pedes, got 'market'"):
+    with pytest.raises(ValueError, match=r"name must be one of cuhk-pedes, icfg-pedes, rstpreid, custom, got 'market'"):
         load_dataset("market", tmp_path)
     with pytest.raises(TypeError, match="name must be a string"):
         load_dataset(3, tmp_path)
