@@ -7,6 +7,9 @@
 
 namespace lcr2s {
 
+// The emulated flavour runs the CUDA kernels on the CPU's tensors.
+#ifndef LCR2S_EMULATE_CUDA
+
 namespace {
 
 constexpr const char* kFrobenius = "relation_frobenius";
@@ -110,6 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_kl(Tensor student_image, Ten
 
 }  // namespace
 
+#endif
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr2s, m) {
   m.def(
       "relation_frobenius(Tensor student_image, Tensor student_text, Tensor teacher_image, Tensor teacher_text, "
@@ -120,9 +125,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr2s, m) {
       "bool need_scale) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
+#ifndef LCR2S_EMULATE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lcr2s, CPU, m) {
   m.impl("relation_frobenius", TORCH_BOX(&relation_frobenius));
   m.impl("relation_kl", TORCH_BOX(&relation_kl));
 }
+#endif
 
 }  // namespace lcr2s

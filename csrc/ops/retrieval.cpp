@@ -10,6 +10,9 @@
 
 namespace lcr2s {
 
+// The emulated flavour runs the CUDA kernels on the CPU's tensors.
+#ifndef LCR2S_EMULATE_CUDA
+
 namespace {
 
 constexpr const char* kTopk = "topk_similarity";
@@ -109,6 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> retrieval_metrics(Tensor quer
 
 }  // namespace
 
+#endif
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr2s, m) {
   m.def("topk_similarity(Tensor query, Tensor gallery, int k, int workspace_bytes) -> (Tensor, Tensor)");
   m.def(
@@ -116,9 +121,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr2s, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
+#ifndef LCR2S_EMULATE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lcr2s, CPU, m) {
   m.impl("topk_similarity", TORCH_BOX(&topk_similarity));
   m.impl("retrieval_metrics", TORCH_BOX(&retrieval_metrics));
 }
+#endif
 
 }  // namespace lcr2s
