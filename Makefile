@@ -6,7 +6,7 @@ OUT ?= demo_out
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup build demo test gpu sanitize lint format types wheel clean
+.PHONY: setup build demo test gpu sanitize emulate emulate-sanitize resources lint format types wheel clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,22 @@ sanitize: build
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider -k "$(SANITIZE_FILTER)" $(SANITIZE_TESTS) || exit 1; \
+	done
+
+# The CUDA kernels on the host (docs/emulator.md): the operators' tests with every CPU tensor going through the CUDA side, in
+# two orders of threads and with the paths of two generations of GPUs.
+EMULATED := build/emulated
+EMULATE_TESTS ?= python_tests/ops/test_support_attention.py
+EMULATE_FILTER ?=
+EMULATE_RUNS ?= forward-90 reverse-80
+emulate: $(STAMP)
+	@mkdir -p build
+	flock build/.emulated.lock env LCR2S_EMULATE_CUDA=1 LCR2S_CUDA=0 LCR2S_BUILD_DIR=$(EMULATED) \
+	  $(BIN)/python setup.py -q build_ext --build-lib $(EMULATED)-lib
+	for run in $(EMULATE_RUNS); do \
+	  LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-lib/lcr2s_ext/liblcr2s.so \
+	  LCR2S_EMULATE_ORDER=$${run%-*} LCR2S_EMULATE_CAPABILITY=$${run#*-} \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider -k "$(EMULATE_FILTER)" $(EMULATE_TESTS) || exit 1; \
 	done
 
 lint: $(STAMP)

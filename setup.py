@@ -38,11 +38,12 @@ def torch_version(directory: Path) -> str:
 
 
 def cuda_options() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST ("8.0 9.0a+PTX") as CMake options; LCR2S_CUDA as it is."""
+    """TORCH_CUDA_ARCH_LIST ("8.0 9.0a+PTX") as CMake options; LCR2S_CUDA, LCR2S_EMULATE_CUDA, LCR2S_DEBUG as they are."""
     choice = os.environ.get("LCR2S_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"LCR2S_CUDA must be 0, 1 or auto, got {choice!r}")
     options = [f"-DLCR2S_CUDA={choice}"]
+    options += [f"-D{name}={os.environ.get(name, '0')}" for name in ("LCR2S_EMULATE_CUDA", "LCR2S_DEBUG")]
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", " ").replace(";", " ").split()
     if listed:
         archs = []
