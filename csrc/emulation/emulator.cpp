@@ -349,8 +349,10 @@ void wait_until_true(bool (*predicate)(const void*), const void* data, const cha
 void barrier_sync(int id, int threads, const char* what, Site site) { arrive(id, threads, true, what, site); }
 void barrier_arrive(int id, int threads, const char* what, Site site) { arrive(id, threads, false, what, site); }
 
+bool work_at_once() { return order == Order::reverse || (order == Order::random && next_random(2) == 0); }
+
 void later(std::function<void()> work) {
-  if (order == Order::reverse)
+  if (work_at_once())
     work();
   else
     current->block->later.push_back(std::move(work));

@@ -1,9 +1,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <deque>
-#include <string>
 #include <vector>
 
 #include "../cuda/element.h"
@@ -43,13 +41,7 @@ struct Shadow {
   int in_flight;
 };
 
-inline bool works_late() {
-  const char* order = std::getenv("LCR2S_EMULATE_ORDER");
-  return order == nullptr || std::string(order) != "reverse";
-}
-
 struct ThreadState {
-  bool late = works_late();
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> copy_groups;
   std::vector<Wgmma> open_wgmma;
@@ -134,15 +126,16 @@ inline void carry_out(ThreadState* const* lanes, const Wgmma* const* operations,
   }
 }
 
-// Carries out the oldest group of the lanes of one warp.
-inline void carry_out_group(ThreadState* const* lanes, int warp) {
-  const size_t count = lanes[0]->wgmma_groups.front().size();
+// The same for what group(lane's state) holds, which is empty afterwards.
+template <class Group>
+void carry_out(ThreadState* const* lanes, int warp, const Group& group) {
+  const size_t count = group(*lanes[0]).size();
   for (size_t at = 0; at < count; ++at) {
     const Wgmma* operations[32];
-    for (int lane = 0; lane < 32; ++lane) operations[lane] = &lanes[lane]->wgmma_groups.front()[at];
+    for (int lane = 0; lane < 32; ++lane) operations[lane] = &group(*lanes[lane])[at];
     carry_out(lanes, operations, warp);
   }
-  for (int lane = 0; lane < 32; ++lane) lanes[lane]->wgmma_groups.pop_front();
+  for (int lane = 0; lane < 32; ++lane) group(*lanes[lane]).clear();
 }
 
 // The 64-bit object behind a barrier.
@@ -250,12 +243,11 @@ inline void copy_async(void* shared, const void* global, int bytes = 16, Site si
   detail::check_aligned(global, 16, "cp.async: the source is not aligned to 16 bytes", site);
   detail::check_shared(shared, 16, "cp.async: the target is not in shared memory", site);
   if (bytes < 0 || bytes > 16) emulation::fail("cp.async: more than 16 bytes", site);
-  detail::ThreadState& state = detail::state();
   const detail::Copy copy{shared, global, bytes};
-  if (state.late) {
-    state.open_copies.push_back(copy);
-  } else {
+  if (emulation::work_at_once()) {
     detail::carry_out(copy);
+  } else {
+    detail::state().open_copies.push_back(copy);
   }
 }
 inline void commit_copies() {
@@ -327,7 +319,11 @@ void wgmma_wait(Site site = Site::current()) {
       [](Operand* const* lanes) {
         detail::ThreadState* states[32];
         for (int lane = 0; lane < 32; ++lane) states[lane] = lanes[lane]->state;
-        while (states[0]->wgmma_groups.size() > kPending) detail::carry_out_group(states, lanes[0]->thread / 32 % 4);
+        while (states[0]->wgmma_groups.size() > kPending) {
+          detail::carry_out(states, lanes[0]->thread / 32 % 4,
+                            [](detail::ThreadState& state) -> auto& { return state.wgmma_groups.front(); });
+          for (detail::ThreadState* state : states) state->wgmma_groups.pop_front();
+        }
         for (detail::ThreadState* state : states) state->fenced = state->fenced && !state->wgmma_groups.empty();
       },
       "wgmma.wait_group", site);
@@ -361,17 +357,15 @@ inline void issue(float* c, int count, uint64_t a, uint64_t b, bool accumulate, 
           }
           ++shadow->in_flight;
         }
+        for (int i = 0; i < 128; ++i) threads[i]->state->open_wgmma.push_back(threads[i]->operation);
         for (int warp = 0; warp < 4; ++warp) {
           ThreadState* states[32];
-          const Wgmma* operations[32];
-          for (int lane = 0; lane < 32; ++lane) {
-            states[lane] = threads[32 * warp + lane]->state;
-            operations[lane] = &threads[32 * warp + lane]->operation;
-          }
-          if (!states[0]->late) carry_out(states, operations, warp);
+          for (int lane = 0; lane < 32; ++lane) states[lane] = threads[32 * warp + lane]->state;
+          if (!emulation::work_at_once()) continue;
+          for (size_t group = 0; group < states[0]->wgmma_groups.size(); ++group)
+            carry_out(states, warp, [group](ThreadState& state) -> auto& { return state.wgmma_groups[group]; });
+          carry_out(states, warp, [](ThreadState& state) -> auto& { return state.open_wgmma; });
         }
-        for (int i = 0; i < 128; ++i)
-          if (threads[i]->state->late) threads[i]->state->open_wgmma.push_back(threads[i]->operation);
       },
       "wgmma", site);
 }
