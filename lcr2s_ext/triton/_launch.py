@@ -54,10 +54,14 @@ def autotune(configs: Sequence[tuple[int, int]], key: Sequence[str]) -> Callable
     return triton.autotune(choices, key=list(key), cache_results=True)
 
 
+off_cuda_capability = 80
+"""What :func:`capability` says in the interpreter, and on meta tensors, where kernels are compiled ahead of time."""
+
+
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, 90 for 9.0; 80, which every kernel's plain path needs, off CUDA."""
+    """Compute capability as one number, 90 for 9.0."""
     if device.type != "cuda":
-        return 80
+        return off_cuda_capability
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
