@@ -16,15 +16,17 @@
 //   template <class Tile>
 //   __global__ void __launch_bounds__(Tile::kThreads, 2) kernel(Panels a, Panels b, ...) {
 //     if constexpr (Tile::kAvailable) {                         // empty where the architecture lacks the instructions
-//       char* shared = dynamic_shared();                        // at least Tile::kSharedBytes, aligned to 1024
-//       Tile tile(shared);                                      // all threads, once in a kernel
+//       char* shared = dynamic_shared();                        // Tile::kSharedBytes at least, aligned to 1024
+//       Tile tile(shared);                                      // once in a kernel
 //       typename Tile::Accumulator c;
-//       tile.multiply(c, a, row_tile, b, column_tile);          // all threads; row_tile counts in 128, column_tile in
-//       kCols Tile::for_each(c, [&](int row, int col, float& value) { // row, col: inside the tile; unrolled
-//         if (row0 + row < a.rows && col0 + col < b.rows) ...   // beyond them operands are zero, so value is 0
+//       tile.multiply(c, a, row_tile, b, column_tile);          // the tiles count in 128 rows and in kCols columns
+//       Tile::for_each(c, [&](int row, int col, float& value) { // inside the tile; unrolled
+//         if (row0 + row < a.rows && col0 + col < b.rows) ...   // beyond: 0, or NaN where the other operand has NaN
 //       });
 //     }
 //   }
+//
+// All threads of the block call everything here together. The operands have the same k_chunks.
 //
 // After `multiply` (it ends with a barrier) and until the next one begins, the first kScratchBytes of `shared` are the
 // caller's, for instance for the reductions; the caller synchronises its own uses. Two products may be live at once, in
@@ -40,7 +42,7 @@
 //       [](State& into, const State& from) { ... },
 //       [&](int row, const State& s) { ... });    // once for each of the tile's 128 rows, by some one thread
 //   Tile::template reduce_cols<State>(scratch, [&](int j) { ... over r < Tile::kThreadRows ... }, merge, emit);
-// All threads call them; both end with a barrier if they used scratch. The order of merging is fixed, lower rows and
+// Both end with a barrier if they used scratch. The order of merging is fixed, lower rows and
 // columns first, so the bits are the same in every run. `#pragma unroll` belongs on loops over r and j.
 //
 // Where the result goes: store_rows<Out>(c, out, stride, rows, cols) writes rows x cols of the tile (clipped) to a
@@ -53,8 +55,8 @@
 //
 // Nothing here has been timed. By design: TileWgmma keeps three chunks of 32 KiB (four of 24 KiB for kCols = 64) in
 // flight and leaves room for two blocks a multiprocessor, whose products hide each other's epilogues; TileMma and
-// TileSimt have two stages, which fits the 99 KiB of the smallest supported architecture. In double take kCols = 64: two
-// products at once spill with 128, and unrolled epilogues take seconds to compile (keep exp out of line there).
+// TileSimt have two stages, which fits the 99 KiB of the smallest supported architecture. In double take kCols = 64:
+// two products at once spill with 128, and unrolled epilogues take seconds to compile (keep exp out of line there).
 namespace lcr2s::cuda {
 
 // Whether a launch on a device of this capability takes TileWgmma. Its kernels are empty unless built for sm_90a.
