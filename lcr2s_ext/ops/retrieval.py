@@ -17,12 +17,17 @@ def _check_features(query: object, gallery: object) -> tuple[Tensor, Tensor]:
     _checks.check_nonempty("gallery", gallery)
     _checks.check_like("gallery", gallery, "query", query)
     _checks.check_size("gallery", gallery, 1, query.shape[1], "width of `query`")
-    if not torch.compiler.is_compiling():
-        # Compiled code may not read values here; the kernels refuse them as well.
-        for name, features in (("query", query), ("gallery", gallery)):
-            if not bool(torch.isfinite(features).all()):
-                raise ValueError(f"`{name}` must hold finite numbers, got NaN or infinity")
     return query.detach(), gallery.detach()
+
+
+def _check_finite(backend: str, query: Tensor, gallery: Tensor) -> None:
+    # The kernels refuse such values as well, and Triton's say so in the same words while they measure the rows.
+    # Compiled code may not read values here.
+    if backend == "triton" or torch.compiler.is_compiling():
+        return
+    for name, features in (("query", query), ("gallery", gallery)):
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(f"`{name}` must hold finite numbers, got NaN or infinity")
 
 
 def topk_similarity(query: Tensor, gallery: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -53,6 +58,7 @@ def topk_similarity(query: Tensor, gallery: Tensor, k: int, *, backend: str | No
         raise ValueError(f"`k` must be in 1..{gallery.shape[0]} (rows of `gallery`), got {k}")
     chosen = _backend.resolve("topk_similarity", backend, query.device)
     _checks.check_backend_dtype(chosen, query=query, gallery=gallery)
+    _check_finite(chosen, query, gallery)
     if chosen == "reference":
         return reference.topk_similarity(query, gallery, k)
     return _operators(chosen).topk_similarity(query, gallery, k, _workspace.workspace_bytes(query.device))
@@ -110,6 +116,7 @@ def retrieval_metrics(
             raise ValueError(f"`ks` must hold numbers of at least 1, got {k}")
     chosen = _backend.resolve("retrieval_metrics", backend, query.device)
     _checks.check_backend_dtype(chosen, query=query, gallery=gallery)
+    _check_finite(chosen, query, gallery)
     if chosen == "reference":
         statistics = reference.retrieval_statistics(query, gallery, query_ids, gallery_ids)
     else:

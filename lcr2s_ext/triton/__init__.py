@@ -15,6 +15,8 @@ MINIMUM = (3, 6)
 
 MODULES: dict[str, str] = {
     "support_attention": "support_attention",
+    "topk_similarity": "retrieval",
+    "retrieval_metrics": "retrieval",
 }
 """Operator -> the module that holds it."""
 

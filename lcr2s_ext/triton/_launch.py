@@ -16,10 +16,11 @@ BODIES: dict[str, Operator] = {}
 """Operator name -> the function that allocates and launches; called directly, it also runs on meta tensors."""
 
 
-def operator(body: Operator) -> Operator:
+def operator(body: Operator, *, opaque: bool = INTERPRETED) -> Operator:
     """Register `body` as torch.ops.lcr2s_triton.<its name>; its annotations give the schema.
 
-    torch.compile sees the kernels inside. In the interpreter there is nothing to see, and the operator is opaque.
+    torch.compile sees the kernels inside, unless the operator is opaque: because it reads values on the host, or in the
+    interpreter, where there is nothing to see.
     """
 
     @functools.wraps(body)
@@ -33,7 +34,7 @@ def operator(body: Operator) -> Operator:
 
     name = body.__name__
     BODIES[name] = body
-    register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    register = torch.library.custom_op if opaque else torch.library.triton_op
     return register(f"lcr2s_triton::{name}", on_its_device, mutates_args=())
 
 
