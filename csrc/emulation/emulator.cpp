@@ -60,15 +60,20 @@ struct Rendezvous {
   const void* body = nullptr;
 };
 
+struct Warp {
+  uint32_t live = 0;
+  int open = 0;
+  // Lanes that have parted may each be at a collective with a mask of its own.
+  std::array<Rendezvous, kWarp> collectives;
+};
+
 struct Block {
   uint3 index{};
   char* shared = nullptr;
   std::vector<Thread> threads;
   int live = 0;
-  std::vector<uint32_t> live_lanes;  // of each warp
   std::array<Barrier, kBarriers> barriers;
-  // Collectives of disjoint masks may be open in a warp at once, one a lowest lane.
-  std::vector<std::array<Rendezvous, kWarp>> warps;
+  std::vector<Warp> warps;
   std::vector<Rendezvous> warpgroups;
   std::deque<std::function<void()>> later;
 };
@@ -172,10 +177,27 @@ void arrive(int id, int threads, bool waits, const char* what, const Site& site)
   }
 }
 
-bool complete(const Block& block, const Rendezvous& open, int group) {
+Warp& current_warp() { return current->block->warps[static_cast<size_t>(current->index / kWarp)]; }
+
+// The open collective with this mask, or room for one.
+Rendezvous& collective_of(Warp& warp, uint32_t mask) {
+  Rendezvous* room = nullptr;
+  int left = warp.open;
+  for (Rendezvous& open : warp.collectives) {
+    if (open.arrived == 0) {
+      if (room == nullptr) room = &open;
+    } else {
+      if (open.mask == mask) return open;
+      --left;
+    }
+    if (left == 0 && room != nullptr) break;
+  }
+  return *room;
+}
+
+bool complete(const Rendezvous& open, int group) {
   if (group == kWarpgroup) return open.arrived == kWarpgroup;
-  const uint32_t lanes = block.live_lanes[static_cast<size_t>(current->index / kWarp)];
-  return open.arrived > 0 && open.arrived == std::popcount(open.mask & lanes);
+  return open.arrived > 0 && open.arrived == std::popcount(open.mask & current_warp().live);
 }
 
 // Runs the collective over the threads that wait for it, and the current one if it has come, and lets them go on.
@@ -191,6 +213,7 @@ void finish(Block& block, Rendezvous& open, int group, bool with_current) {
     if (waits) thread.state = Thread::State::ready;
   }
   open.arrived = 0;
+  if (group == kWarp) --current_warp().open;
   open.run(operands, open.body);
 }
 
@@ -200,15 +223,17 @@ void end_thread() {
   Block& block = *me.block;
   me.state = Thread::State::ended;
   --block.live;
-  block.live_lanes[static_cast<size_t>(me.index / kWarp)] &= ~(1u << me.index % kWarp);
+  Warp& warp = current_warp();
+  warp.live &= ~(1u << me.index % kWarp);
   for (Barrier& barrier : block.barriers) {
     if (barrier.threads == 0 && complete(block, barrier)) {
       barrier.arrived = 0;
       release(block, &barrier);
     }
   }
-  for (Rendezvous& open : block.warps[static_cast<size_t>(me.index / kWarp)])
-    if (complete(block, open, kWarp)) finish(block, open, kWarp, false);
+  if (warp.open == 0) return;
+  for (Rendezvous& open : warp.collectives)
+    if (complete(open, kWarp)) finish(block, open, kWarp, false);
 }
 
 void thread_main() {
@@ -218,12 +243,18 @@ void thread_main() {
   leave(*current->fiber, scheduler);
 }
 
-void resume(Thread& thread) {
+// Until stop(), what runs is this thread's.
+void start(Thread& thread) {
   current = &thread;
   threadIdx = {static_cast<unsigned>(thread.index), 0, 0};
   blockIdx = thread.block->index;
+}
+void stop() { current = nullptr; }
+
+void resume(Thread& thread) {
+  start(thread);
   switch_fiber(scheduler, *thread.fiber);
-  current = nullptr;
+  stop();
 }
 
 [[noreturn]] void report_deadlock(const std::vector<Thread*>& threads) {
@@ -260,9 +291,9 @@ void run_together(std::vector<std::unique_ptr<Block>>& blocks) {
     bool progress = false;
     for (Thread* thread : threads) {
       if (thread->state == Thread::State::waiting && thread->waits_on == nullptr) {
-        current = thread;
+        start(*thread);
         if (thread->predicate(thread->predicate_data)) thread->state = Thread::State::ready;
-        current = nullptr;
+        stop();
       }
       if (thread->state != Thread::State::ready) continue;
       resume(*thread);
@@ -273,7 +304,9 @@ void run_together(std::vector<std::unique_ptr<Block>>& blocks) {
       if (progress || block->later.empty()) continue;
       const std::function<void()> work = std::move(block->later.front());
       block->later.pop_front();
+      start(block->threads.front());
       work();
+      stop();
       progress = true;
     }
     if (!progress) report_deadlock(threads);
@@ -290,8 +323,7 @@ std::unique_ptr<Block> make_block(unsigned index, int threads) {
   }
   block->live = threads;
   for (int i = 0; i < threads; i += kWarp)
-    block->live_lanes.push_back(threads - i >= kWarp ? 0xffffffffu : (1u << (threads - i)) - 1u);
-  block->warps.resize(static_cast<size_t>((threads + kWarp - 1) / kWarp));
+    block->warps.emplace_back().live = threads - i >= kWarp ? 0xffffffffu : (1u << (threads - i)) - 1u;
   block->warpgroups.resize(static_cast<size_t>((threads + kWarpgroup - 1) / kWarpgroup));
   // Exactly as large as asked for, so that AddressSanitizer sees what lies outside; NaN to begin with.
   void* memory = nullptr;
@@ -367,19 +399,18 @@ void collective(int group, uint32_t mask, void* operand, CollectiveBody run, con
   const int first = me.index / group * group;
   if (group == kWarp && !(mask >> (me.index - first) & 1u))
     die(std::string(what) + " at " + place(site) + ": the mask leaves out the calling lane");
-  Rendezvous& open =
-      group == kWarp ? block.warps[static_cast<size_t>(me.index / kWarp)][static_cast<size_t>(std::countr_zero(mask))]
-                     : block.warpgroups[static_cast<size_t>(me.index / kWarpgroup)];
-  if (open.arrived > 0 && (open.mask != mask || std::strcmp(open.what, what) != 0))
-    die("divergent warp: this lane is at " + std::string(what) + " " + place(site) + ", others wait for " + open.what +
-        ", or with another mask");
+  Rendezvous& open = group == kWarp ? collective_of(current_warp(), mask)
+                                    : block.warpgroups[static_cast<size_t>(me.index / kWarpgroup)];
+  if (open.arrived > 0 && std::strcmp(open.what, what) != 0)
+    die("divergent warp: this lane is at " + std::string(what) + " " + place(site) + ", others wait for " + open.what);
+  if (group == kWarp && open.arrived == 0) ++current_warp().open;
   open.mask = mask;
   open.what = what;
   open.run = run;
   open.body = body;
   ++open.arrived;
   me.operand = operand;
-  if (complete(block, open, group))
+  if (complete(open, group))
     finish(block, open, group, true);
   else
     suspend(&open, what, site);
