@@ -64,6 +64,21 @@ emulate: $(STAMP)
 	  $(BIN)/python -m pytest -q -p no:cacheprovider -k "$(EMULATE_FILTER)" $(EMULATE_TESTS) || exit 1; \
 	done
 
+# The same under AddressSanitizer and UBSan, with the checks of a debug build: a part of the tests, in a third order.
+EMULATE_SANITIZE_FILTER ?= $(EMULATE_FILTER)
+emulate-sanitize: $(STAMP)
+	@mkdir -p build
+	flock build/.emulated.lock env LCR2S_EMULATE_CUDA=1 LCR2S_CUDA=0 LCR2S_DEBUG=1 LCR2S_SANITIZE=address,undefined \
+	  LCR2S_BUILD_DIR=$(EMULATED)-sanitized $(BIN)/python setup.py -q build_ext --build-lib $(EMULATED)-sanitized-lib
+	LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-sanitized-lib/lcr2s_ext/liblcr2s.so LCR2S_EMULATE_ORDER=random:1 \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider -k "$(EMULATE_SANITIZE_FILTER)" $(EMULATE_TESTS)
+
+# Registers and spills of every CUDA kernel, as ptxas reported them in the last build.
+resources: build
+	@$(BIN)/python python_tests/cuda/test_resources.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
