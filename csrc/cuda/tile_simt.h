@@ -28,8 +28,9 @@ struct SimtLayout {
   __device__ __forceinline__ static constexpr int index(int r, int j) { return r * kThreadCols + j; }
 };
 
-// T is float or double. Every element is summed over k in order.
-template <class T, int kCols = 128>
+// T is float or double. Every element is summed over k in order or, where `kChunkSums`, over each chunk first: the
+// error of a long sum falls by the square root of the number of chunks, for twice the registers.
+template <class T, int kCols = 128, bool kChunkSums = false>
 class TileSimt : public TileFragments<SimtLayout<T, kCols>> {
  public:
   using Base = TileFragments<SimtLayout<T, kCols>>;
@@ -45,6 +46,8 @@ class TileSimt : public TileFragments<SimtLayout<T, kCols>> {
                                            int64_t column_tile) const {
     clear(c);
     pipeline_.run_nt(a, row_tile, b, column_tile, [&](const char* a_chunk, const char* b_chunk) {
+      Accumulator part;
+      Accumulator& sum = start(c, part);
 #pragma unroll 1
       for (int byte = 0; byte < kPanelRowBytes; byte += kPackBytes) {
         KPack x[Base::kThreadRows];
@@ -55,9 +58,10 @@ class TileSimt : public TileFragments<SimtLayout<T, kCols>> {
 #pragma unroll
           for (int u = 0; u < kPack; ++u)
 #pragma unroll
-            for (int r = 0; r < Base::kThreadRows; ++r) c.at(r, j) += x[r].at[u] * y.at[u];
+            for (int r = 0; r < Base::kThreadRows; ++r) sum.at(r, j) += x[r].at[u] * y.at[u];
         }
       }
+      if constexpr (kChunkSums) add(c, part);
     });
   }
 
@@ -66,6 +70,8 @@ class TileSimt : public TileFragments<SimtLayout<T, kCols>> {
     constexpr int kChunk = kPanelColumns<T>;
     clear(c);
     pipeline_.template run_nn<kChunk>(a, row_tile, b, column_tile, [&](const char* a_chunk, const char* b_chunk) {
+      Accumulator part;
+      Accumulator& sum = start(c, part);
 #pragma unroll 1
       for (int byte = 0; byte < kPanelRowBytes; byte += kPackBytes) {
         KPack x[Base::kThreadRows];
@@ -79,10 +85,11 @@ class TileSimt : public TileFragments<SimtLayout<T, kCols>> {
             const T y = *reinterpret_cast<const T*>(b_chunk + col / kChunk * kChunk * kPanelRowBytes +
                                                     panel_offset(k, col % kChunk * static_cast<int>(sizeof(T))));
 #pragma unroll
-            for (int r = 0; r < Base::kThreadRows; ++r) c.at(r, j) += x[r].at[u] * y;
+            for (int r = 0; r < Base::kThreadRows; ++r) sum.at(r, j) += x[r].at[u] * y;
           }
         }
       }
+      if constexpr (kChunkSums) add(c, part);
     });
   }
 
@@ -93,6 +100,16 @@ class TileSimt : public TileFragments<SimtLayout<T, kCols>> {
   __device__ __forceinline__ static void clear(Accumulator& c) {
 #pragma unroll
     for (T& value : c.value) value = T{0};
+  }
+  // Where a chunk is summed.
+  __device__ __forceinline__ static Accumulator& start(Accumulator& c, Accumulator& part) {
+    if constexpr (!kChunkSums) return c;
+    clear(part);
+    return part;
+  }
+  __device__ __forceinline__ static void add(Accumulator& c, const Accumulator& part) {
+#pragma unroll
+    for (int i = 0; i < Base::kThreadRows * Base::kThreadCols; ++i) c.value[i] += part.value[i];
   }
   __device__ __forceinline__ static void load_rows(const char* a_chunk, int byte, KPack (&x)[Base::kThreadRows]) {
 #pragma unroll

@@ -9,6 +9,8 @@
 
 namespace lcr2s {
 
+#ifndef LCR2S_EMULATE_CUDA
+
 namespace {
 
 // Identities as labels from 0 in order of appearance: an open-addressing table twice as large as the number of rows.
@@ -206,6 +208,8 @@ LossAndGradients tal(Tensor image, Tensor text, Tensor image_ids, Tensor text_id
 
 }  // namespace
 
+#endif
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr2s, m) {
   m.def(
       "info_nce(Tensor image, Tensor text, Tensor? image_ids, Tensor? text_ids, Tensor logit_scale, "
@@ -223,11 +227,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr2s, m) {
       "int workspace_bytes, bool need_image, bool need_text) -> (Tensor loss, Tensor grad_image, Tensor grad_text)");
 }
 
+#ifndef LCR2S_EMULATE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lcr2s, CPU, m) {
   m.impl("info_nce", TORCH_BOX(&info_nce));
   m.impl("sdm", TORCH_BOX(&sdm));
   m.impl("cmpm", TORCH_BOX(&cmpm));
   m.impl("tal", TORCH_BOX(&tal));
 }
+#endif
 
 }  // namespace lcr2s
