@@ -69,4 +69,7 @@ __device__ inline double inverse_norm(const Features& features, int64_t row, int
   return sum == 0 ? 0.0 : factor * rsqrt(sum);
 }
 
+// The power of two that brings a row of this inverse norm to a norm in (256, 512].
+LCR2S_HOST_DEVICE int row_exponent(double inverse) { return inverse > 0 ? ilogb(inverse) + 9 : 0; }
+
 }  // namespace lcr2s::cuda

@@ -6,7 +6,6 @@
 // Kernels of the Frobenius relation loss: everything around the library's matrix products.
 namespace lcr2s::cuda {
 
-constexpr int kRelationThreads = 256;
 // Products that one block adds up.
 constexpr int64_t kFrobeniusChunk = 8192;
 

@@ -121,7 +121,7 @@ __device__ __forceinline__ void merge_lanes(State* state, int slot, const Merge&
     for (int i = 0; i < kKept; ++i) {
       const State high = state[kItems > 1 ? kKept + i : i];
       const State mine = select(upper, high, state[i]);
-      const State other = shuffle_xor(select(upper, state[i], high), kHalf * kStep);
+      const State other = tile_detail::shuffle_xor(select(upper, state[i], high), kHalf * kStep);
       State merged = select(upper, other, mine);
       merge(merged, select(upper, mine, other));
       state[i] = merged;

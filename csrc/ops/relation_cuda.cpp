@@ -1,8 +1,11 @@
 #include "../cuda/relation.h"
 
+#include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "../cuda/relation_plan.h"
+#include "../cuda/scaled_rows.h"
 #include "cuda_features.h"
 #include "cuda_gemm.h"
 
@@ -11,6 +14,7 @@ namespace lcr2s {
 namespace {
 
 constexpr const char* kFrobenius = "relation_frobenius";
+constexpr const char* kKl = "relation_kl";
 
 void check_launch(const char* op, const char* error) { check(error == nullptr, op, "CUDA: ", error ? error : ""); }
 
@@ -79,10 +83,10 @@ class Relation {
   ScalarType element() const { return element_; }
   DType element_dtype() const { return dtype_of(element_); }
   void* stream() const { return scope_.stream(); }
-  const FeatureRows& student_image() const { return student_image_; }
-  const FeatureRows& student_text() const { return student_text_; }
-  const FeatureRows& teacher_image() const { return teacher_image_; }
-  const FeatureRows& teacher_text() const { return teacher_text_; }
+  const CudaFeatureRows& student_image() const { return student_image_; }
+  const CudaFeatureRows& student_text() const { return student_text_; }
+  const CudaFeatureRows& teacher_image() const { return teacher_image_; }
+  const CudaFeatureRows& teacher_text() const { return teacher_text_; }
   bool need_image() const { return need_image_; }
   bool need_text() const { return need_text_; }
   Tensor& loss() { return loss_; }
@@ -232,12 +236,15 @@ class Frobenius {
   }
 
   cuda::RelationProjectArgs projection(double factor) {
-    return {
-        relation_.wide(),
-        {{relation_.student_image().view(), nullptr, plan_.student_columns, relation_.grad_image().mutable_data_ptr()},
-         {relation_.student_text().view(), nullptr, plan_.student_columns, relation_.grad_text().mutable_data_ptr()}},
-        factor,
-        nullptr};
+    const auto side = [&](const CudaFeatureRows& rows, Tensor& grad) {
+      return cuda::RelationProjectSide{rows.view(), nullptr, plan_.student_columns, grad.mutable_data_ptr()};
+    };
+    return {relation_.wide(),
+            false,
+            {side(relation_.student_image(), relation_.grad_image()),
+             side(relation_.student_text(), relation_.grad_text())},
+            factor,
+            nullptr};
   }
 
   Relation& relation_;
@@ -265,8 +272,218 @@ std::tuple<Tensor, Tensor, Tensor> relation_frobenius(Tensor student_image, Tens
   return {relation.loss(), relation.grad_image(), relation.grad_text()};
 }
 
+class KullbackLeibler {
+ public:
+  KullbackLeibler(Relation& relation, const Tensor& student_scale, const Tensor& teacher_scale, void* grad_scale)
+      : relation_(relation),
+        shape_(relation.shape()),
+        plan_(cuda::plan_kl(shape_)),
+        grad_scale_(grad_scale),
+        workspace_(relation.empty({plan_.bytes}, ScalarType::Byte)) {
+    const int64_t widths[2] = {shape_.student_width, shape_.teacher_width};
+    const Tensor* scales[2] = {&student_scale, &teacher_scale};
+    for (int model = 0; model < 2; ++model) {
+      const cuda::KlModelPlan& of = plan_.models[model];
+      kept_[model] = relation_.empty({of.kept_bytes}, ScalarType::Byte);
+      models_[model] = {cuda::make_panels(at(of.image_panels), shape_.rows, widths[model], shape_.element_bytes),
+                        cuda::make_panels(at(of.text_panels), shape_.columns, widths[model], shape_.element_bytes),
+                        at(of.image_factor),
+                        at(of.text_factor),
+                        scales[model]->const_data_ptr(),
+                        of.keep ? kept_[model].mutable_data_ptr() : nullptr,
+                        at(of.row_parts),
+                        at(of.column_parts)};
+    }
+    // The other side's rows multiply dL/dcosine; those beyond the texts are zeros.
+    image_ = operand(relation_.need_text(), shape_.rows);
+    text_ = operand(relation_.need_image(), plan_.block_stride);
+  }
+
+  void run() {
+    pack();
+    for (int64_t tile = 0; tile < plan_.row_tiles; tile += plan_.sums_tiles) sum(tile);
+    image_product_ = product(relation_.need_image(), shape_.rows);
+    text_product_ = product(relation_.need_text(), plan_.block_stride);
+    const bool slabs = plan_.slopes_tiles < plan_.row_tiles;
+    text_part_ = product(relation_.need_text() && slabs, plan_.block_stride);
+    block_ = gradient()
+                 ? relation_.empty({std::min(plan_.slopes_tiles * cuda::kPanelRows, shape_.rows), plan_.block_stride},
+                                   relation_.element())
+                 : Tensor(relation_.loss());
+    for (int64_t tile = 0; tile < plan_.row_tiles; tile += plan_.slopes_tiles) slope(tile);
+    if (gradient()) project();
+  }
+
+ private:
+  bool gradient() const { return relation_.need_image() || relation_.need_text(); }
+  char* at(int64_t offset) { return static_cast<char*>(workspace_.mutable_data_ptr()) + offset; }
+  Tensor operand(bool wanted, int64_t rows) const {
+    return relation_.empty({wanted ? rows : 0, plan_.operand_stride}, relation_.element());
+  }
+  Tensor product(bool wanted, int64_t rows) const {
+    return relation_.empty({wanted ? rows : 0, plan_.operand_stride}, relation_.arithmetic());
+  }
+  double row_weight() const { return 1.0 / static_cast<double>(shape_.rows); }
+  double column_weight() const { return 1.0 / static_cast<double>(shape_.columns); }
+
+  // What float16 slopes are multiplied by: the product of two scaled rows' norms is about 2^17, and no slope exceeds
+  // the sum of the weights.
+  double block_scale() const {
+    if (relation_.element() != ScalarType::Half) return 1;
+    return std::ldexp(1.0, 30 - std::ilogb(row_weight() + column_weight()));
+  }
+
+  void pack() {
+    const auto side = [](const CudaFeatureRows& rows, const cuda::Panels& panels, const void* factor, Tensor* operand) {
+      const bool wanted = operand != nullptr && operand->size(0) > 0;
+      return cuda::ScaledRows{rows.view(),
+                              nullptr,
+                              panels.base,
+                              const_cast<void*>(factor),
+                              wanted ? operand->mutable_data_ptr() : nullptr,
+                              wanted ? operand->size(0) : 0,
+                              wanted ? operand->size(1) : 0,
+                              nullptr};
+    };
+    relation_.launched(
+        cuda::scaled_rows({relation_.element_dtype(),
+                           4,
+                           {side(relation_.student_image(), models_[0].image, models_[0].image_factor, &image_),
+                            side(relation_.student_text(), models_[0].text, models_[0].text_factor, &text_),
+                            side(relation_.teacher_image(), models_[1].image, models_[1].image_factor, nullptr),
+                            side(relation_.teacher_text(), models_[1].text, models_[1].text_factor, nullptr)}},
+                          relation_.stream()));
+  }
+
+  void sum(int64_t first_tile) {
+    const int64_t tiles = std::min(plan_.sums_tiles, plan_.row_tiles - first_tile);
+    const bool slabs = plan_.sums_tiles < plan_.row_tiles;
+    const bool last = first_tile + tiles == plan_.row_tiles;
+    const int64_t slab = plan_.sums_tiles * cuda::kPanelRows;
+    relation_.launched(cuda::relation_kl_sums({relation_.element_dtype(),
+                                               {models_[0], models_[1]},
+                                               shape_.rows,
+                                               shape_.columns,
+                                               first_tile,
+                                               tiles,
+                                               plan_.column_tiles,
+                                               slab,
+                                               plan_.padded_columns},
+                                              relation_.stream()));
+    const auto running = [&](int model) { return slabs ? at(plan_.models[model].running) : nullptr; };
+    const int64_t line_bytes = 5 * relation_.arithmetic_bytes();
+    relation_.launched(cuda::relation_kl_lines({relation_.wide(),
+                                                first_tile == 0,
+                                                {{tiles * cuda::kPanelRows,
+                                                  plan_.column_tiles,
+                                                  slab,
+                                                  {models_[0].row_parts, models_[1].row_parts},
+                                                  {nullptr, nullptr},
+                                                  at(plan_.row_lines + first_tile * cuda::kPanelRows * line_bytes)},
+                                                 {plan_.padded_columns,
+                                                  tiles,
+                                                  plan_.padded_columns,
+                                                  {models_[0].column_parts, models_[1].column_parts},
+                                                  {running(0), running(1)},
+                                                  last ? at(plan_.column_lines) : nullptr}}},
+                                               relation_.stream()));
+  }
+
+  void slope(int64_t first_tile) {
+    const int64_t tiles = std::min(plan_.slopes_tiles, plan_.row_tiles - first_tile);
+    auto* partials = reinterpret_cast<double*>(at(plan_.partials));
+    const bool last = first_tile + tiles == plan_.row_tiles;
+    relation_.launched(cuda::relation_kl_slopes({relation_.element_dtype(),
+                                                 {models_[0], models_[1]},
+                                                 shape_.rows,
+                                                 shape_.columns,
+                                                 first_tile,
+                                                 tiles,
+                                                 plan_.column_tiles,
+                                                 at(plan_.row_lines),
+                                                 at(plan_.column_lines),
+                                                 row_weight(),
+                                                 column_weight(),
+                                                 gradient() ? block_.mutable_data_ptr() : nullptr,
+                                                 plan_.block_stride,
+                                                 block_scale(),
+                                                 partials},
+                                                relation_.stream()));
+    relation_.launched(
+        cuda::relation_kl_total({relation_.wide(), first_tile == 0, last, partials, tiles * plan_.column_tiles,
+                                 reinterpret_cast<double*>(at(plan_.totals)), row_weight(), column_weight(),
+                                 relation_.loss().mutable_data_ptr(), grad_scale_},
+                                relation_.stream()));
+    if (!gradient()) return;
+    const int64_t begin = first_tile * cuda::kPanelRows;
+    const int64_t count = std::min(tiles * cuda::kPanelRows, shape_.rows - begin);
+    const Tensor block = part_of(block_, 0, 0, count);
+    if (relation_.need_image()) multiply_into(part_of(image_product_, 0, begin, count), block, text_);
+    if (!relation_.need_text()) return;
+    multiply_into(begin == 0 ? text_product_ : text_part_, transposed(block), part_of(image_, 0, begin, count));
+    if (begin > 0)
+      relation_.launched(
+          cuda::relation_accumulate({relation_.wide(), text_product_.mutable_data_ptr(), text_part_.const_data_ptr(),
+                                     plan_.block_stride * plan_.operand_stride},
+                                    relation_.stream()));
+  }
+
+  void project() {
+    const auto side = [&](const CudaFeatureRows& rows, bool wanted, Tensor& product, Tensor& grad) {
+      return cuda::RelationProjectSide{rows.view(), wanted ? product.const_data_ptr() : nullptr, plan_.operand_stride,
+                                       grad.mutable_data_ptr()};
+    };
+    relation_.launched(cuda::relation_project(
+        {relation_.wide(),
+         true,
+         {side(relation_.student_image(), relation_.need_image(), image_product_, relation_.grad_image()),
+          side(relation_.student_text(), relation_.need_text(), text_product_, relation_.grad_text())},
+         1 / block_scale(),
+         models_[0].scale},
+        relation_.stream()));
+  }
+
+  Relation& relation_;
+  cuda::RelationShape shape_;
+  cuda::KlPlan plan_;
+  void* grad_scale_;
+  Tensor workspace_;
+  Tensor kept_[2];
+  cuda::RelationKlModel models_[2];
+  Tensor image_;
+  Tensor text_;
+  Tensor block_;
+  Tensor image_product_;
+  Tensor text_product_;
+  Tensor text_part_;
+};
+
+Tensor check_scale(const char* name, const Tensor& scale, const Tensor& student_image, ScalarType dtype) {
+  check_same_device(kKl, name, scale, "student_image", student_image);
+  check_dim(kKl, name, scale, 0);
+  check_floating(kKl, name, scale);
+  return torch::stable::to(scale, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> relation_kl(Tensor student_image, Tensor student_text, Tensor teacher_image,
+                                                       Tensor teacher_text, Tensor student_scale, Tensor teacher_scale,
+                                                       int64_t workspace_bytes, bool need_image, bool need_text,
+                                                       bool need_scale) {
+  Relation relation(kKl, student_image, student_text, teacher_image, teacher_text, workspace_bytes, need_image,
+                    need_text, true);
+  const Tensor student = check_scale("student_scale", student_scale, student_image, relation.arithmetic());
+  const Tensor teacher = check_scale("teacher_scale", teacher_scale, student_image, relation.arithmetic());
+  Tensor grad_scale =
+      need_scale ? relation.empty({}, relation.arithmetic()) : relation.empty({0}, relation.arithmetic());
+  KullbackLeibler(relation, student, teacher, need_scale ? grad_scale.mutable_data_ptr() : nullptr).run();
+  return {relation.loss(), relation.grad_image(), relation.grad_text(), grad_scale};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lcr2s, LCR2S_CUDA_KEY, m) { m.impl("relation_frobenius", TORCH_BOX(&relation_frobenius)); }
+STABLE_TORCH_LIBRARY_IMPL(lcr2s, LCR2S_CUDA_KEY, m) {
+  m.impl("relation_frobenius", TORCH_BOX(&relation_frobenius));
+  m.impl("relation_kl", TORCH_BOX(&relation_kl));
+}
 
 }  // namespace lcr2s
