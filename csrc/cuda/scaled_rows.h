@@ -25,7 +25,7 @@ struct ScaledRows {
   int* not_finite;
 };
 
-constexpr int64_t padded_rows(int64_t rows) { return panel_row_tiles(rows) * kPanelRows; }
+LCR2S_HOST_DEVICE constexpr int64_t padded_rows(int64_t rows) { return panel_row_tiles(rows) * kPanelRows; }
 
 constexpr int kScaledRowsMost = 4;
 
