@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from lcr2s_ext.models.dual_encoder import Student, Teacher
 from lcr2s_ext.models.encoders import build_encoder, encoder_spec
 from lcr2s_ext.models.preprocess import ImageInput, images_to_tensor, normalize_images
+from lcr2s_ext.models.pretrained import load_weights, read_architecture
 
 __all__ = ["LCR2S", "PRESETS", "Tokenizer", "preset_config"]
 
@@ -25,6 +27,8 @@ FORMAT_VERSION = 1
 # ImageNet statistics, the ones most pretrained backbones expect; for the tiny encoders any fixed pair would do.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -39,7 +43,64 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_encoder": {"type": "tiny_image", "widths": [32, 64, 96, 128], "strides": [1, 2, 2]},
         "text_encoder": {"type": "tiny_text", "width": 128, "layers": 2, "hidden": 256},
     },
+    "rn50-bert": {
+        "width": 2048,
+        "image_size": [384, 128],
+        "image_encoder": {"type": "resnet"},
+        "text_encoder": {"type": "bert_textcnn"},
+    },
+    "clip-vit-b16": {
+        "width": 512,
+        "image_size": [384, 128],
+        "mean": CLIP_MEAN,
+        "std": CLIP_STD,
+        "image_encoder": {"type": "clip_image", "architecture": {"patch_size": 16}},
+        "text_encoder": {"type": "clip_text"},
+    },
+    "clip-vit-b32": {
+        "width": 512,
+        "image_size": [384, 128],
+        "mean": CLIP_MEAN,
+        "std": CLIP_STD,
+        "image_encoder": {"type": "clip_image"},
+        "text_encoder": {"type": "clip_text"},
+    },
+    "clip-vit-l14": {
+        "width": 768,
+        "image_size": [392, 126],
+        "mean": CLIP_MEAN,
+        "std": CLIP_STD,
+        "image_encoder": {
+            "type": "clip_image",
+            "architecture": {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "patch_size": 14,
+                "projection_dim": 768,
+            },
+        },
+        "text_encoder": {
+            "type": "clip_text",
+            "architecture": {
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_attention_heads": 12,
+                "projection_dim": 768,
+            },
+        },
+    },
+    "siglip-b16": {
+        "width": 768,
+        "image_size": [384, 128],
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "image_encoder": {"type": "siglip_image"},
+        "text_encoder": {"type": "siglip_text"},
+    },
 }
+"""Image size, feature width and encoders of each preset. CLIP's L/14 takes the multiples of 14 next to 384 x 128."""
 
 
 class Tokenizer(Protocol):
@@ -63,7 +124,11 @@ def preset_config(
     image_encoder: dict[str, Any] | None = None,
     text_encoder: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Model configuration of a preset; the two dictionaries override the encoders' keyword arguments."""
+    """Model configuration of a preset; the two dictionaries override the encoders' keyword arguments.
+
+    ``vocab_size`` and ``max_length`` size the encoders that are trained from scratch; a pretrained text encoder has
+    its own.
+    """
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     preset = PRESETS[name]
@@ -77,17 +142,29 @@ def preset_config(
         "preset": name,
         "width": d,
         "image_size": size,
-        "mean": list(IMAGE_MEAN),
-        "std": list(IMAGE_STD),
-        "image_encoder": {**preset["image_encoder"], "output_width": d, **(image_encoder or {})},
+        "mean": list(preset.get("mean", IMAGE_MEAN)),
+        "std": list(preset.get("std", IMAGE_STD)),
+        "image_encoder": {**preset["image_encoder"], **_image_sizes(preset, d, size), **(image_encoder or {})},
         "text_encoder": {
             **preset["text_encoder"],
-            "output_width": d,
-            "vocab_size": int(vocab_size),
-            "max_length": int(max_length),
+            **_text_sizes(preset, d, int(vocab_size), int(max_length)),
             **(text_encoder or {}),
         },
     }
+
+
+def _image_sizes(preset: dict[str, Any], width: int, image_size: list[int]) -> dict[str, Any]:
+    kind = preset["image_encoder"]["type"]
+    if kind in ("clip_image", "siglip_image"):
+        return {"image_size": image_size}
+    return {"output_width": width} if kind == "tiny_image" else {}
+
+
+def _text_sizes(preset: dict[str, Any], width: int, vocab_size: int, max_length: int) -> dict[str, Any]:
+    kind = preset["text_encoder"]["type"]
+    if kind == "tiny_text":
+        return {"output_width": width, "vocab_size": vocab_size, "max_length": max_length}
+    return {"max_length": max_length} if kind == "bert_textcnn" else {}
 
 
 class LCR2S(nn.Module):
@@ -127,15 +204,21 @@ class LCR2S(nn.Module):
         vocab_size: int | None = None,
         tokenizer: Tokenizer | None = None,
         seed: int | None = None,
+        image_weights: str | Path | None = None,
+        text_weights: str | Path | None = None,
         **overrides: Any,
     ) -> LCR2S:
         """Fresh model of a preset.
 
         Args:
-            name: ``"tiny"`` (64x32 images, a small CNN and a small text transformer) or ``"small"`` (128x64).
+            name: ``"tiny"`` (64x32 images, a small CNN and a small text transformer) or ``"small"`` (128x64), trained
+                from scratch; ``"rn50-bert"``, ``"clip-vit-b16"``, ``"clip-vit-b32"``, ``"clip-vit-l14"`` or
+                ``"siglip-b16"``, built by transformers.
             vocab_size: size of the token vocabulary; taken from ``tokenizer`` when that is given.
             tokenizer: attached, so that ``encode_text`` accepts strings.
             seed: seed of the initial weights; ``None`` draws from torch's global generator.
+            image_weights: local Hugging Face folder from which the image encoder takes architecture and weights.
+            text_weights: the same for the text encoder; for CLIP and SigLIP it may be the same folder.
             **overrides: ``width``, ``image_size``, ``max_length`` and dictionaries ``image_encoder``, ``text_encoder``.
         """
         if vocab_size is None:
@@ -145,11 +228,18 @@ class LCR2S(nn.Module):
         if tokenizer is not None:
             overrides.setdefault("max_length", getattr(tokenizer, "max_length", 64))
         config = preset_config(name, vocab_size=vocab_size, **overrides)
-        if seed is None:
-            return cls.from_config(config, tokenizer=tokenizer)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return cls.from_config(config, tokenizer=tokenizer)
+        weights = {"image_encoder": image_weights, "text_encoder": text_weights}
+        for key, folder in weights.items():
+            if folder is not None:
+                config[key] |= {"architecture": read_architecture(config[key]["type"], folder)}
+        with torch.random.fork_rng(devices=[]) if seed is not None else nullcontext():
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            model = cls.from_config(config, tokenizer=tokenizer)
+        for key, folder in weights.items():
+            if folder is not None:
+                load_weights(getattr(model.student, key), folder)
+        return model
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *, tokenizer: Tokenizer | None = None) -> LCR2S:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["SavedTokenizer"]
+
+
+def _read(path: str | Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path}: not a tokenizer file ({error})") from error
 
 
 class SavedTokenizer:
@@ -23,16 +33,36 @@ class SavedTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        from tokenizers import Tokenizer
-
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path}: not a tokenizer file ({error})") from error
+        self._tokenizer = _read(path)
         padding, truncation = self._tokenizer.padding, self._tokenizer.truncation
         self._max_length = int(truncation["max_length"]) if truncation else 0
         if not truncation or not padding or padding.get("pad_id") != 0:
             raise ValueError(f"{path}: expected a tokenizer with a maximum length and padding with id 0")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, max_length: int) -> SavedTokenizer:
+        """The tokenizer of a local Hugging Face folder, set to pad with 0 and to cut at ``max_length`` tokens.
+
+        Args:
+            folder: holds ``tokenizer.json``.
+            max_length: longest row in tokens, those of the beginning and the end included.
+
+        Raises:
+            FileNotFoundError: the folder has no ``tokenizer.json``.
+            ValueError: the file is damaged.
+        """
+        path = Path(folder).expanduser() / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"folder: {folder} holds no tokenizer.json; transformers' AutoTokenizer.from_pretrained(...)"
+                ".save_pretrained(folder) writes one where the tokenizer has a fast form"
+            )
+        made = cls.__new__(cls)
+        made._tokenizer = _read(path)
+        made._tokenizer.enable_truncation(max_length)
+        made._tokenizer.enable_padding(pad_id=0)
+        made._max_length = max_length
+        return made
 
     @property
     def vocab_size(self) -> int:

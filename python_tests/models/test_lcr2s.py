@@ -74,7 +74,7 @@ def test_encode_text_takes_strings_and_tokens(model: LCR2S, tokenizer: CaptionTo
 
 
 def test_presets(tokenizer: CaptionTokenizer) -> None:
-    with pytest.raises(ValueError, match="preset: expected one of tiny, small, got 'huge'"):
+    with pytest.raises(ValueError, match=r"preset: expected one of tiny, small, .*got 'huge'"):
         LCR2S.from_preset("huge", vocab_size=10)
     with pytest.raises(ValueError, match="vocab_size"):
         LCR2S.from_preset("tiny")
