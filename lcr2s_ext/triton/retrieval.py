@@ -240,7 +240,9 @@ def retrieval_metrics_positives_kernel(
     slot = (tl.load(ends + at, mask=valid, other=0) - base).to(tl.int32) - count
     # Queries come in the order of their ranges, so that a tile's are close together.
     begin = tl.min(tl.where(count > 0, start, rows))
+    latest = tl.max(tl.where(count > 0, start, 0))
     end = tl.max(tl.where(count > 0, start + count, 0))
+    most = tl.max(count)
     for low in range(begin, end, TILE):
         if tl.max(((count > 0) & (start < low + TILE) & (start + count > low)).to(tl.int32)) > 0:
             place = low + tl.arange(0, TILE)
@@ -258,11 +260,12 @@ def retrieval_metrics_positives_kernel(
                 DEPTH,
                 PRECISION,
             )
-            # A column at a time: addresses for the whole tile would not fit the registers.
-            for column in range(tl.minimum(TILE, end - low)):
-                own = (low + column >= start) & (low + column < start + count)
-                of_column = tl.sum(tl.where((tl.arange(0, TILE) == column)[None, :], score, 0.0), 1)
-                tl.store(scores + slot + (low + column - start), of_column, mask=own)
+            # One of each query's positives at a time: addresses for the whole tile would not fit the registers.
+            for positive in range(tl.maximum(low - latest, 0), tl.minimum(most, low + TILE - begin)):
+                column = start + positive - low
+                own = (positive < count) & (column >= 0) & (column < TILE)
+                of_column = tl.sum(tl.where(tl.arange(0, TILE)[None, :] == column[:, None], score, 0.0), 1)
+                tl.store(scores + slot + positive, of_column, mask=own)
 
 
 @triton.jit
