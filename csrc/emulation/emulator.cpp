@@ -274,6 +274,15 @@ void resume(Thread& thread) {
   die(message);
 }
 
+// A warp or warpgroup that waits until nobody else can go on: the others get as far ahead of it as they can.
+struct Held {
+  const Block* block = nullptr;
+  int size = kWarp;
+  int index = 0;
+
+  bool holds(const Thread& thread) const { return thread.block == block && thread.index / size == index; }
+};
+
 // Runs all threads of these blocks to their end.
 void run_together(std::vector<std::unique_ptr<Block>>& blocks) {
   std::vector<Thread*> threads;
@@ -286,10 +295,20 @@ void run_together(std::vector<std::unique_ptr<Block>>& blocks) {
   }
   if (order == Order::reverse) arrange(threads);
   size_t running = threads.size();
+  Held held;
   while (running > 0) {
-    if (order == Order::random) arrange(threads);
+    if (order == Order::random) {
+      arrange(threads);
+      if (held.block == nullptr && next_random(4) == 0) {
+        const Thread& one = *threads.front();
+        held.block = one.block;
+        held.size = next_random(2) == 0 ? kWarp : kWarpgroup;
+        held.index = one.index / held.size;
+      }
+    }
     bool progress = false;
     for (Thread* thread : threads) {
+      if (held.holds(*thread)) continue;
       if (thread->state == Thread::State::waiting && thread->waits_on == nullptr) {
         start(*thread);
         if (thread->predicate(thread->predicate_data)) thread->state = Thread::State::ready;
@@ -307,6 +326,10 @@ void run_together(std::vector<std::unique_ptr<Block>>& blocks) {
       start(block->threads.front());
       work();
       stop();
+      progress = true;
+    }
+    if (!progress && held.block != nullptr) {
+      held.block = nullptr;
       progress = true;
     }
     if (!progress) report_deadlock(threads);
