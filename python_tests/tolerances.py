@@ -22,7 +22,12 @@ def assert_matches_oracle(actual: Tensor, oracle: Tensor, dtype: torch.dtype, na
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     size = float(oracle.abs().nan_to_num().max()) if oracle.numel() else 0.0
     torch.testing.assert_close(
-        actual.double(), oracle, rtol=rtol, atol=atol * max(size, 1e-3), equal_nan=True, msg=lambda m: f"{name}: {m}"
+        actual.double().cpu(),
+        oracle.cpu(),
+        rtol=rtol,
+        atol=atol * max(size, 1e-3),
+        equal_nan=True,
+        msg=lambda m: f"{name}: {m}",
     )
 
 

@@ -30,7 +30,7 @@ def support_attention(
     repeatedly in a set counts as often. Memory is O(nnz * H) beyond inputs and outputs.
 
     Args:
-        query: (B, H, D) float32, float64 (not on "cuda"), bfloat16 or float16. Half dtypes accumulate in float32.
+        query: (B, H, D) float32, float64 (not on "triton"), bfloat16 or float16. Half dtypes accumulate in float32.
         key: (M, H, D) of the dtype and on the device of `query`.
         value: (M, H, Dv), likewise; Dv may differ from D.
         support: B sets over M pool rows, on the same device.
@@ -51,10 +51,6 @@ def support_attention(
     chosen_scale = _check_scale(scale, query.shape[2])
     chosen = _backend.resolve("support_attention", backend, query.device)
     _checks.check_backend_dtype(chosen, query=query, key=key, value=value)
-    if chosen == "cuda" and query.dtype == torch.float64:
-        raise _backend.BackendUnavailableError(
-            "support_attention: backend 'cuda' takes no float64; backend='reference' runs plain PyTorch anywhere"
-        )
     if chosen == "reference":
         device = query.device.type
         if torch.is_autocast_enabled(device):

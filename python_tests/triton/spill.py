@@ -10,14 +10,14 @@ from triton.runtime import driver
 
 
 @triton.jit
-def crowded(source, result, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    x = tl.load(source + at)
-    tl.store(result + at, tl.sort(x) * tl.cumsum(x))
+def crowded(left, right, result):
+    at = tl.arange(0, 32)
+    place = at[:, None] * 32 + at[None, :]
+    tl.store(result + place, tl.dot(tl.load(left + place), tl.load(right + place), input_precision="ieee"))
 
 
 driver.set_active(AbsentGpu(90))
 for options in ({}, {"maxnreg": 24}):
-    tensor = torch.empty(4096, device="meta")
-    binary = crowded.warmup(tensor, tensor, BLOCK=4096, grid=(1,), num_warps=4, **options)
+    tensor = torch.empty(1024, device="meta")
+    binary = crowded.warmup(tensor, tensor, tensor, grid=(1,), num_warps=4, **options)
     print(json.dumps(resources(binary.asm["cubin"])))
