@@ -15,6 +15,11 @@ MINIMUM = (3, 6)
 
 MODULES: dict[str, str] = {
     "support_attention": "support_attention",
+    "info_nce": "similarity",
+    "sdm": "similarity",
+    "cmpm": "similarity",
+    "tal": "similarity",
+    "relation_frobenius": "relation_frobenius",
     "topk_similarity": "retrieval",
     "retrieval_metrics": "retrieval",
 }
