@@ -13,7 +13,7 @@ from torch import Tensor
 from lcr2s_ext import native
 from lcr2s_ext.data.datasets import ImageStore, PersonSplit
 from lcr2s_ext.data.samplers import SampleBatch
-from lcr2s_ext.data.tokenizer import CaptionTokenizer
+from lcr2s_ext.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lcr2s_ext.ops import SupportIndex
@@ -103,7 +103,7 @@ class TrainingDataset(torch.utils.data.Dataset[PersonBatch]):
         self,
         split: PersonSplit,
         store: ImageStore,
-        tokenizer: CaptionTokenizer,
+        tokenizer: Tokenizer,
         *,
         support: str = "none",
         max_support: int = 4,

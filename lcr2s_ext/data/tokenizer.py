@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 PAD, UNKNOWN, BEGIN, END = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
 _SPECIAL = [PAD, UNKNOWN, BEGIN, END]
+
+
+class Tokenizer(Protocol):
+    """What batches ask of a tokenizer."""
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """int64 (n, L) token ids, padded with 0."""
+        ...
 
 
 class CaptionTokenizer:

@@ -75,6 +75,10 @@ class ModelConfig:
     image_size: list[int] | None = None
     image_encoder: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
+    image_weights: str = ""
+    """Local Hugging Face folder that the image encoder takes architecture and weights from; empty: fresh weights."""
+    text_weights: str = ""
+    """The same for the text encoder; captions are then read by that folder's ``tokenizer.json``."""
     heads: int = 8
     feed_forward: int | None = None
     fusion_dropout: float = 0.0
@@ -132,11 +136,22 @@ class DistillConfig:
 class OptimConfig:
     """AdamW with a linear warm-up and a cosine to zero."""
 
+    optimizer: str = "adamw"
+    """``adamw``, or ``adam``, whose weight decay is part of the gradient."""
     lr: float = 8e-3
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Part of a parameter's name -> factor of its learning rate; the longest part that is found counts, 0 freezes.
+    Names are those of the stage: ``model.image_encoder``, ``task.identity``, ``model.text_projection`` and so on."""
     weight_decay: float = 0.1
     warmup_epochs: float = 1.0
+    warmup_factor: float = 0.0
+    """Factor of the learning rate that the warm-up starts from."""
     schedule: str = "cosine"
-    """``cosine`` or ``constant``."""
+    """``cosine`` to zero, ``step`` or ``constant``."""
+    milestones: list[int] = field(default_factory=list)
+    """Epochs after which ``step`` multiplies the learning rate by 0.1."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged before the optimiser's step; a contrastive loss still sees one batch."""
     grad_clip: float = 0.0
     """Largest gradient norm; 0 for none."""
 
@@ -195,7 +210,8 @@ class TrainConfig:
             "distill.feature_reduction": (self.distill.feature_reduction, ("row", "sum", "mean")),
             "distill.relation": (self.distill.relation, ("frobenius", "kl", "none")),
             "distill.relation_reduction": (self.distill.relation_reduction, ("mean", "row", "sum")),
-            "optim.schedule": (self.optim.schedule, ("cosine", "constant")),
+            "optim.schedule": (self.optim.schedule, ("cosine", "step", "constant")),
+            "optim.optimizer": (self.optim.optimizer, ("adamw", "adam")),
         }
         for key, (value, allowed) in choices.items():
             if value not in allowed:
@@ -216,6 +232,7 @@ class TrainConfig:
             "teacher.epochs": self.teacher_epochs,
             "teacher.warm_epochs": self.warm_epochs,
             "model.heads": self.model.heads,
+            "optim.accumulate": self.optim.accumulate,
         }
         not_negative = {
             "seed": self.seed,
@@ -234,6 +251,8 @@ class TrainConfig:
             "optim.weight_decay": self.optim.weight_decay,
             "optim.warmup_epochs": self.optim.warmup_epochs,
             "optim.grad_clip": self.optim.grad_clip,
+            **{f"optim.lr_multipliers.{part}": factor for part, factor in self.optim.lr_multipliers.items()},
+            "optim.milestones": min(self.optim.milestones, default=0),
         }
         positive = {
             "loss.logit_scale": self.loss.logit_scale,
@@ -253,12 +272,15 @@ class TrainConfig:
             "data.erasing": self.data.erasing,
             "data.brightness": self.data.brightness,
             "data.contrast": self.data.contrast,
+            "optim.warmup_factor": self.optim.warmup_factor,
         }
         for key, number in probabilities.items():
             if not 0 <= number <= 1:
                 raise ConfigError(f"{key}: expected a number in [0, 1], got {number}")
         if not self.loss.many_to_many and self.loss.align != "info_nce":
             raise ConfigError(f"loss.many_to_many: false needs loss.align=info_nce, got {self.loss.align}")
+        if self.optim.milestones and self.optim.schedule != "step":
+            raise ConfigError(f"optim.milestones: need optim.schedule=step, got {self.optim.schedule}")
         if self.loss.learn_logit_scale and self.loss.align not in ("sdm", "info_nce"):
             raise ConfigError(f"loss.learn_logit_scale: {self.loss.align} has no logit scale to learn")
 
@@ -388,7 +410,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         inner = typing.get_args(hint)[0]
         return [_convert(item, inner, key) for item in value]
     if origin is dict and isinstance(value, Mapping):
-        return dict(value)
+        inner = typing.get_args(hint)[1]
+        return {name: item if inner is Any else _convert(item, inner, f"{key}.{name}") for name, item in value.items()}
     kind = bool if origin is bool else origin
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value

@@ -30,7 +30,16 @@ from lcr2s_ext.data import (
     TrainingDataset,
     load_dataset,
 )
-from lcr2s_ext.models import IMAGE_MEAN, IMAGE_STD, LCR2S, PRESETS, DualEncoder, Teacher, normalize_images
+from lcr2s_ext.models import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    LCR2S,
+    PRESETS,
+    DualEncoder,
+    SavedTokenizer,
+    Teacher,
+    normalize_images,
+)
 from lcr2s_ext.retrieval import Retrieval, RetrievalFeatures, embed_split, evaluate_model, evaluate_oracle
 from lcr2s_ext.training.config import ConfigError, TrainConfig, dump_config, load_config, to_dict
 from lcr2s_ext.training.stages import OneStage, Stage, StudentStage, TeacherStage, TrainingError, step_seed
@@ -66,9 +75,12 @@ class TrainingData:
 
     splits: dict[str, PersonSplit]
     stores: dict[str, ImageStore]
-    tokenizer: CaptionTokenizer
+    tokenizer: CaptionTokenizer | SavedTokenizer
     tokens: dict[str, Tensor]
     image_size: tuple[int, int]
+    mean: tuple[float, float, float] = IMAGE_MEAN
+    std: tuple[float, float, float] = IMAGE_STD
+    """Statistics that the encoders' images are normalised with."""
 
     def has(self, split: str) -> bool:
         """Whether the corpus has captions in this split."""
@@ -145,14 +157,18 @@ class BatchLoader:
                 yield self.dataset.make_batch(samples)
 
 
-def prepare_data(config: TrainConfig, *, tokenizer: CaptionTokenizer | None = None) -> TrainingData:
-    """Read the dataset of a configuration, train the tokenizer on its train captions unless one is given."""
+def prepare_data(config: TrainConfig, *, tokenizer: CaptionTokenizer | SavedTokenizer | None = None) -> TrainingData:
+    """Read the dataset of a configuration. Its tokenizer is the given one, that of ``model.text_weights``, or trained
+    on the train captions.
+    """
     if not config.data.root:
         raise ConfigError("data.root: expected the folder that holds the dataset, got none")
     splits = load_dataset(config.data.dataset, config.data.root)
     if "train" not in splits or not len(splits["train"].captions):
         raise TrainingError(f"data.root: {config.data.root} has no captions in split train")
     size = model_size(config)
+    if tokenizer is None and config.model.text_weights:
+        tokenizer = SavedTokenizer.from_pretrained(config.model.text_weights, config.data.max_length)
     if tokenizer is None:
         tokenizer = CaptionTokenizer.train(
             splits["train"].captions, vocab_size=config.data.vocab_size, max_length=config.data.max_length
@@ -162,7 +178,9 @@ def prepare_data(config: TrainConfig, *, tokenizer: CaptionTokenizer | None = No
         for name, split in splits.items()
     }
     tokens = {name: tokenizer.encode(split.captions) for name, split in splits.items() if len(split.captions)}
-    return TrainingData(splits, stores, tokenizer, tokens, size)
+    preset = PRESETS[config.model.preset]
+    mean, std = preset.get("mean", IMAGE_MEAN), preset.get("std", IMAGE_STD)
+    return TrainingData(splits, stores, tokenizer, tokens, size, mean, std)
 
 
 def model_size(config: TrainConfig) -> tuple[int, int]:
@@ -188,6 +206,8 @@ def make_model(config: TrainConfig, data: TrainingData) -> LCR2S:
         max_length=data.tokenizer.max_length,
         image_encoder=model.image_encoder,
         text_encoder=model.text_encoder,
+        image_weights=model.image_weights or None,
+        text_weights=model.text_weights or None,
     )
 
 
@@ -273,7 +293,7 @@ def teacher_features(teacher: Teacher, data: TrainingData, split: str, *, batch_
     teacher.eval()
     try:
         return embed_split(
-            lambda images: teacher.encoders.image_features(normalize_images(images.to(device), IMAGE_MEAN, IMAGE_STD)),
+            lambda images: teacher.encoders.image_features(normalize_images(images.to(device), data.mean, data.std)),
             lambda tokens: teacher.encoders.text_features(tokens.to(device)),
             data.splits[split],
             data.stores[split],
@@ -379,6 +399,7 @@ def _fit(
             enable_model_summary=False,
             enable_progress_bar=bar is not None,
             gradient_clip_val=config.optim.grad_clip or None,
+            accumulate_grad_batches=config.optim.accumulate,
             num_sanity_val_steps=0,
             limit_val_batches=0,
             log_every_n_steps=config.log_every,
@@ -419,8 +440,8 @@ def _augment(config: TrainConfig, data: TrainingData) -> BatchAugment:
         erasing=settings.erasing,
         brightness=settings.brightness,
         contrast=settings.contrast,
-        mean=IMAGE_MEAN,
-        std=IMAGE_STD,
+        mean=data.mean,
+        std=data.std,
     ).train()
 
 

@@ -20,7 +20,7 @@ from lcr2s_ext.nn import (
     make_alignment_loss,
 )
 from lcr2s_ext.retrieval import Retrieval
-from lcr2s_ext.training.config import DistillConfig, LossConfig, TrainConfig
+from lcr2s_ext.training.config import DistillConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "DistillationLoss",
@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 _MASK = (1 << 64) - 1
+
+# Words in the names of parameters that not every stage has.
+_SOME_STAGES = ("fusion", "distillation", "identity", "align", "auxiliary")
 
 
 class TrainingError(RuntimeError):
@@ -64,6 +67,31 @@ def _generator(device: torch.device) -> torch.Generator:
 def freeze(module: nn.Module) -> nn.Module:
     """Eval mode and no gradients, in place."""
     return module.eval().requires_grad_(False)
+
+
+def parameter_groups(stage: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The trained parameters by weight decay and learning rate.
+
+    Raises:
+        TrainingError: a multiplier whose name part is in no parameter's name.
+    """
+    for part in optim.lr_multipliers:
+        elsewhere = any(word in part for word in _SOME_STAGES)
+        if not elsewhere and not any(part in name for name, _ in stage.named_parameters()):
+            raise TrainingError(f"optim.lr_multipliers: no parameter's name has {part!r} in it")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in stage.named_parameters():
+        found = max((part for part in optim.lr_multipliers if part in name), key=len, default=None)
+        multiplier = 1.0 if found is None else optim.lr_multipliers[found]
+        if not parameter.requires_grad or not multiplier:
+            continue
+        # Biases, norms and scales: decay would pull them towards a value that means nothing.
+        decay = optim.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((multiplier, decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr": multiplier * optim.lr}
+        for (multiplier, decay), parameters in groups.items()
+    ]
 
 
 class TaskLoss(nn.Module):
@@ -247,21 +275,20 @@ class Stage(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() > 1], "weight_decay": optim.weight_decay},
-            # Biases, norms and scales: decay would pull them towards a value that means nothing.
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, fused=True)
-        total = max(1, self.epochs * self.steps_per_epoch)
-        warm = min(round(optim.warmup_epochs * self.steps_per_epoch), max(0, total - 1))
+        cls = torch.optim.AdamW if optim.optimizer == "adamw" else torch.optim.Adam
+        optimizer = cls(parameter_groups(self, optim), lr=optim.lr, fused=True)
+        # In optimiser steps; what is left of an epoch after the last whole accumulation is a step of its own.
+        steps_per_epoch = math.ceil(self.steps_per_epoch / optim.accumulate)
+        total = max(1, self.epochs * steps_per_epoch)
+        warm = min(round(optim.warmup_epochs * steps_per_epoch), max(0, total - 1))
 
         def factor(step: int) -> float:
             if step < warm:
-                return (step + 1) / (warm + 1)
+                return optim.warmup_factor + (1.0 - optim.warmup_factor) * (step + 1) / (warm + 1)
             if optim.schedule == "constant":
                 return 1.0
+            if optim.schedule == "step":
+                return 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in optim.milestones)
             return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warm) / (total - warm))))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
