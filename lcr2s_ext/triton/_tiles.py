@@ -1,9 +1,9 @@
 """What every kernel over a cosine matrix needs: packed rows, tiles of dot products, gradients of unit rows.
 
 Features are copied once into *packed rows*: each row times a power of two that brings its norm into [1, 2), or
-[2^14, 2^15) for float16. That is exact, unlike a division by the norm, so a cosine is the dot product of two packed rows
-times their two reciprocal norms, and tensor cores see the features' own digits. Packed rows are padded with zeros to
-whole tiles, so loads need no mask.
+[2^14, 2^15) for float16. That is exact, unlike a division by the norm, so a cosine is the dot product of two packed
+rows times their two reciprocal norms, and tensor cores see the features' own digits. Packed rows are padded with zeros
+to whole tiles, so loads need no mask.
 """
 
 import math
@@ -21,7 +21,8 @@ TILE = 128
 """Rows and columns of a tile of cosines, at most; packed rows are padded to a multiple of it."""
 
 _WIDTH = 64
-_PACK_ROWS = 4
+# Rows a program; the interpreter's time goes by programs, not by elements.
+_PACK_ROWS = 64 if INTERPRETED else 4
 _PACK_WIDTH = 256
 _GROUP = tl.constexpr(8)
 _UPCAST = tl.constexpr(INTERPRETED)
@@ -44,6 +45,7 @@ class TileShape(NamedTuple):
 
     rows: int
     columns: int
+    pieces: int
     depth: int
     precision: str
     num_warps: int
@@ -54,6 +56,7 @@ class TileShape(NamedTuple):
         return {
             "TILE_ROWS": self.rows,
             "TILE_COLUMNS": self.columns,
+            "PIECES": self.pieces,
             "DEPTH": self.depth,
             "PRECISION": self.precision,
             "num_warps": self.num_warps,
@@ -177,11 +180,25 @@ def tile_product(
     return total
 
 
+@triton.jit
+def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
+    """A (ROWS, COLUMNS) tile as one piece or as four pieces of columns, in order. What follows a product holds several
+    values a column; taking a piece at a time keeps them in registers."""
+    if PIECES == 1:
+        return (tile,)
+    else:  # noqa: RET505 - the other branch does not exist only for an else
+        left, right = tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+        first, second = tl.split(tl.permute(tl.reshape(left, [ROWS, 2, COLUMNS // 4]), [0, 2, 1]))
+        third, fourth = tl.split(tl.permute(tl.reshape(right, [ROWS, 2, COLUMNS // 4]), [0, 2, 1]))
+        return first, second, third, fourth
+
+
 def tile_shape(dtype: torch.dtype) -> TileShape:
     """Tiles for one product of packed rows of `dtype` in flight."""
     if dtype == torch.float32:
-        return TileShape(64, 64, 32, input_precision(dtype), num_warps=4, num_stages=3)
-    return TileShape(TILE, TILE, _WIDTH, "ieee", num_warps=8, num_stages=3)
+        side = TILE if INTERPRETED else 64
+        return TileShape(side, side, 1 if INTERPRETED else 4, 32, input_precision(dtype), num_warps=4, num_stages=3)
+    return TileShape(TILE, TILE, 4, _WIDTH, "ieee", num_warps=8, num_stages=3)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -195,7 +212,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Block(NamedTuple):
-    """A part of the cosine matrix: first row and column, and how many, in whole tiles (they may reach into the padding)."""
+    """A part of the cosine matrix in whole tiles, which may reach into the padding."""
 
     row: int
     rows: int
