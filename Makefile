@@ -63,6 +63,7 @@ emulate: $(STAMP)
 	  LCR2S_EMULATE_ORDER=$${run%-*} LCR2S_EMULATE_CAPABILITY=$${run#*-} \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider -k "$(EMULATE_FILTER)" $(EMULATE_TESTS) || exit 1; \
 	done
+	LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-lib/lcr2s_ext/liblcr2s.so $(BIN)/python python_tests/cuda/orders.py
 
 # The same under AddressSanitizer and UBSan, with the checks of a debug build: a part of the tests, in a third order.
 EMULATE_SANITIZE_FILTER ?= $(EMULATE_FILTER)

@@ -15,14 +15,25 @@ static bool compiled_with_cuda() {
 #endif
 }
 
+// Whether the CPU's tensors run the CUDA kernels (docs/emulator.md).
+static bool emulates_cuda() {
+#ifdef LCR2S_EMULATE_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr2s, m) {
   m.def("cpu_isa() -> int");
   m.def("compiled_with_cuda() -> bool");
+  m.def("emulates_cuda() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lcr2s, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("compiled_with_cuda", TORCH_BOX(&compiled_with_cuda));
+  m.impl("emulates_cuda", TORCH_BOX(&emulates_cuda));
 }
 
 }  // namespace lcr2s
