@@ -127,6 +127,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// After wgmma_wait: keeps the compiler, which takes the accumulators for ready since wgmma, from reading them before
+// it.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&c)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+
 // c (64 x 2N, N accumulators a thread) = or += A (64 x 16) B (16 x 2N), both by descriptor.
 template <class T>
 __device__ __forceinline__ void wgmma(float (&c)[64], uint64_t a, uint64_t b, bool accumulate);

@@ -86,6 +86,7 @@ class TileWgmma : public TileFragments<WgmmaLayout<T, kCols>> {
       }
     }
     ptx::wgmma_wait<0>();
+    ptx::hold(c.value);
     turn_ += chunks;
     release(turn_ - 1);
     __syncthreads();

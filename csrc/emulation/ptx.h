@@ -329,6 +329,9 @@ void wgmma_wait(Site site = Site::current()) {
       "wgmma.wait_group", site);
 }
 
+template <int kCount>
+void hold(float (&)[kCount]) {}
+
 namespace detail {
 
 inline void issue(float* c, int count, uint64_t a, uint64_t b, bool accumulate, float (*widen)(uint16_t), Site site) {

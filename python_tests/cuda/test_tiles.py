@@ -22,6 +22,8 @@ KERNELS = Path(__file__).with_name("tile_kernels.cu")
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SIMT_OR_MMA, WGMMA = 0, 1
+# The plain engine with sums of chunks, which has products only.
+CHUNK_SUMS = (torch.float32, 1)
 ENGINES = [
     (torch.float32, SIMT_OR_MMA),
     (torch.float64, SIMT_OR_MMA),
@@ -180,7 +182,7 @@ def library(objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Li
 
 @pytest.mark.parametrize("shape", [(150, 140, 200), (1, 1, 1), (128, 192, 64), (129, 65, 513)], ids=str)
 @pytest.mark.parametrize("columns", [128, 64])
-@pytest.mark.parametrize(("dtype", "engine"), ENGINES, ids=ENGINE_NAMES)
+@pytest.mark.parametrize(("dtype", "engine"), [*ENGINES, CHUNK_SUMS], ids=[*ENGINE_NAMES, "float32-chunks"])
 def test_products_in_every_order_of_threads(
     library: Library,
     monkeypatch: pytest.MonkeyPatch,

@@ -215,7 +215,7 @@ template <int kCols>
 const char* by_dtype(int engine, int dtype, int task, const Operands& x) {
   switch (static_cast<DType>(dtype)) {
     case DType::float32:
-      return run<TileSimt<float, kCols>>(task, x);
+      return engine ? run_product<TileSimt<float, kCols, true>>(x) : run<TileSimt<float, kCols>>(task, x);
     case DType::float64:
       return run<TileSimt<double, kCols>>(task, x);
     case DType::bfloat16:
