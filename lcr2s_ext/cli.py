@@ -63,6 +63,14 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert_clip(args: argparse.Namespace) -> int:
+    from lcr2s_ext.models.convert import convert_clip
+
+    difference = convert_clip(args.file, args.out, activation=args.activation)
+    print(f"written to {args.out}; features differ from the original's by {difference:.1e}")
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
     from lcr2s_ext.training.config import ConfigError, load_config
 
@@ -257,6 +265,23 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     convert.add_argument("--out", metavar="DIR", required=True, help="folder to hold the new dataset's")
     convert.add_argument("--images", choices=("link", "copy"), default="link", help="symbolic links or copies")
 
+    weights = commands.add_parser("weights", help="convert pretrained weights", description="Convert weights.")
+    weights_commands = weights.add_subparsers(dest="weights_command", required=True, metavar="command")
+    convert_clip = command(
+        weights_commands,
+        "convert-clip",
+        _convert_clip,
+        "write a CLIP checkpoint of OpenAI or open_clip as a Hugging Face folder, and compare features",
+    )
+    convert_clip.add_argument("file", metavar="FILE", help="TorchScript archive or state dict")
+    convert_clip.add_argument("--out", metavar="DIR", required=True, help="folder that is written")
+    convert_clip.add_argument(
+        "--activation",
+        choices=("quick_gelu", "gelu"),
+        default="quick_gelu",
+        help="quick_gelu: OpenAI's weights; gelu: most of open_clip's (default: quick_gelu)",
+    )
+
     train = command(
         commands,
         "train",
@@ -302,7 +327,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [word for word in rest if args.command != "train" or word.startswith("-") or "=" not in word]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    name = " ".join(filter(None, ["lcr2s", args.command, getattr(args, "data_command", None)]))
+    name = " ".join(
+        filter(
+            None, ["lcr2s", args.command, getattr(args, "data_command", None) or getattr(args, "weights_command", None)]
+        )
+    )
     try:
         return int(args.function(args))
     except UsageError as error:
