@@ -6,7 +6,8 @@ The compiled kernels never form the B x N matrices: memory is O((B + N) d + d^2)
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks, _registration, _workspace
+from lcr2s_ext import _checks
+from lcr2s_ext.ops import _backend, _registration, _workspace
 from lcr2s_ext.reference import relation as reference
 
 _REDUCTIONS = ("sum", "row", "mean")

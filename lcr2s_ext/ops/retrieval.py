@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks, _registration, _workspace
+from lcr2s_ext import _checks
+from lcr2s_ext.ops import _backend, _registration, _workspace
 from lcr2s_ext.reference import retrieval as reference
 
 

@@ -6,7 +6,8 @@ The compiled kernels stream the matrix through a bounded workspace: memory is O(
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks, _registration, _workspace
+from lcr2s_ext import _checks
+from lcr2s_ext.ops import _backend, _registration, _workspace
 from lcr2s_ext.reference import similarity as reference
 
 

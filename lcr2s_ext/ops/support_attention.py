@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _backend, _checks, _registration
+from lcr2s_ext import _checks
+from lcr2s_ext.ops import _backend, _registration
 from lcr2s_ext.ops.support_index import SupportIndex
 from lcr2s_ext.reference.support_attention import support_attention as _reference
 

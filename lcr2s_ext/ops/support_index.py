@@ -6,7 +6,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lcr2s_ext.ops import _checks
+from lcr2s_ext import _checks
 
 
 class SupportIndex:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr2s_ext.ops import _checks
+from lcr2s_ext import _checks
 from lcr2s_ext.triton import INTERPRETED
 from lcr2s_ext.triton._launch import input_precision, operator, wrap_triton
 

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcr2s_ext import _checks
 from lcr2s_ext.triton._launch import operator, wrap_triton
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 2048
 """Elements of a gathered block that a program aims at; 16 registers of each of 128 threads."""
 _WIDEST = 8192
@@ -355,13 +357,24 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if dense else tensor.contiguous()
 
 
-def _check(op: str, query: Tensor, **others: Tensor) -> None:
-    """Direct calls are not checked by the public function: dtypes and shapes, where the host sees them."""
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise RuntimeError(f"lcr2s_triton::{op}: `query` must be float32, bfloat16 or float16, got {query.dtype}")
-    for name, tensor in others.items():
-        if tensor.device != query.device:
-            raise RuntimeError(f"lcr2s_triton::{op}: `{name}` must be on the device of `query`")
+def _check(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, **index: Tensor) -> None:
+    """What the host sees of a call that did not come through the public function; kernels follow no bad index."""
+    for name, tensor, shape in (
+        ("query", query, "(B, H, D)"),
+        ("key", key, "(M, H, D)"),
+        ("value", value, "(M, H, Dv)"),
+    ):
+        _checks.check_tensor(name, tensor, shape, _DTYPES)
+        _checks.check_like(name, tensor, "query", query)
+        _checks.check_size(name, tensor, 1, query.shape[1], "heads of `query`")
+    _checks.check_size("key", key, 2, query.shape[2], "head width of `query`")
+    _checks.check_size("value", value, 0, key.shape[0], "rows of `key`")
+    for name, tensor in (("indices", indices), *index.items()):
+        _checks.check_tensor(name, tensor, "(n,)", (torch.int64,))
+        _checks.check_like(name, tensor, "query", query, dtype=False)
+    sizes = {"indptr": query.shape[0] + 1, "t_indptr": key.shape[0] + 1}
+    for name, tensor in index.items():
+        _checks.check_size(name, tensor, 0, sizes.get(name, indices.shape[0]), "sets, pool rows or entries")
 
 
 class _Plan:
@@ -403,8 +416,11 @@ def support_attention(
     need_probs: bool,
 ) -> tuple[Tensor, Tensor]:
     """The rows of out, and the probabilities (nnz, H) where the backward will need them."""
-    queries, heads, width, value_width = query.shape[0], int(query.shape[1]), int(query.shape[2]), int(value.shape[2])
+    _check(query, key, value, indices, indptr=indptr)
+    (queries, heads, width), value_width = query.shape, value.shape[2]
+    heads, width, value_width = int(heads), int(width), int(value_width)
     entries = indices.shape[0]
+    indptr, indices = indptr.contiguous(), indices.contiguous()
     query, key, value = _dense(query), _dense(key), _dense(value)
     out = query.new_empty((queries, heads, value_width))
     probs = query.new_empty((entries if need_probs else 0, heads), dtype=torch.float32)
@@ -452,8 +468,20 @@ def support_attention_backward(
     need_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; without elements where not needed."""
-    queries, heads, width, value_width = query.shape[0], int(query.shape[1]), int(query.shape[2]), int(value.shape[2])
+    _check(query, key, value, indices, indptr=indptr, entry_rows=entry_rows, t_indptr=t_indptr, t_entries=t_entries)
+    (queries, heads, width), value_width = query.shape, value.shape[2]
+    heads, width, value_width = int(heads), int(width), int(value_width)
     pool_rows, entries = key.shape[0], indices.shape[0]
+    _checks.check_tensor("grad_out", grad_out, "(B, H, Dv)", (query.dtype,))
+    for axis, (size, meaning) in enumerate(((queries, "query"), (heads, "query"), (value_width, "value"))):
+        _checks.check_size("grad_out", grad_out, axis, size, f"of `{meaning}`")
+    _checks.check_tensor("probs", probs, "(nnz, H)", (torch.float32,))
+    for axis, size in enumerate((entries, heads)):
+        _checks.check_size("probs", probs, axis, size, "run the forward with need_probs=True")
+    indptr, indices, entry_rows, t_indptr, t_entries = (
+        tensor.contiguous() for tensor in (indptr, indices, entry_rows, t_indptr, t_entries)
+    )
+    probs = probs.contiguous()
     grad_query = query.new_empty((queries, heads, width) if need_query else (0,))
     grad_key = key.new_empty((pool_rows, heads, width) if need_key else (0,))
     grad_value = value.new_empty((pool_rows, heads, value_width) if need_value else (0,))

@@ -513,3 +513,38 @@ def test_no_padding_in_memory() -> None:
     expected = gradients(lambda *t: support_attention(*t, index, backend="reference"), inputs, upstream)
     for ours, exact in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def host_sees(argument: str, bad: Tensor) -> bool:
+    """Whether shape or dtype give a bad argument away; what an index holds lives on the device."""
+    good = BACKWARD.get(argument, FORWARD.get(argument))
+    return bad.shape != good.shape or bad.dtype != good.dtype
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize(("argument", "bad"), [case for case in BAD_SHAPES + BAD_BACKWARD if host_sees(*case)])
+def test_direct_triton_calls_are_checked(argument: str, bad: Tensor, backend: str) -> None:
+    support_attention(*on(backend, (Q, K, V, SETS)), backend=backend)  # registers the operators
+    arguments = {**BACKWARD, argument: bad}
+    with pytest.raises((TypeError, ValueError), match=f"`{argument}`"):
+        torch.ops.lcr2s_triton.support_attention_backward(**on(backend, arguments))
+    if argument in FORWARD and argument not in ("entry_rows", "t_indptr", "t_entries"):
+        with pytest.raises((TypeError, ValueError), match=f"`{argument}`"):
+            torch.ops.lcr2s_triton.support_attention(**on(backend, {**FORWARD, argument: bad}))
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize(("argument", "bad"), [case for case in BAD_SHAPES + BAD_BACKWARD if not host_sees(*case)])
+def test_triton_follows_no_bad_index(argument: str, bad: Tensor, backend: str) -> None:
+    support_attention(*on(backend, (Q, K, V, SETS)), backend=backend)  # registers the operators
+    out, _ = torch.ops.lcr2s_triton.support_attention(**on(backend, {**FORWARD, argument: bad}))
+    if argument == "indices":
+        (wrong,) = ((bad < 0) | (bad >= 5)).nonzero()
+        assert out[SETS.entry_rows[wrong]].isnan().all()
+    grads = torch.ops.lcr2s_triton.support_attention_backward(**on(backend, {**BACKWARD, argument: bad}))
+    if argument in ("entry_rows", "t_entries"):
+        (users,) = ((bad < 0) | (bad >= (2 if argument == "entry_rows" else 3))).nonzero()
+        row = K.new_tensor([0, 4, 2]).long()[users] if argument == "entry_rows" else None
+        spoilt = grads[1].isnan().flatten(1).any(1).nonzero().flatten()
+        assert len(spoilt) == 1
+        assert row is None or torch.equal(spoilt.cpu(), row)
