@@ -20,6 +20,7 @@ MODULES: dict[str, str] = {
     "cmpm": "similarity",
     "tal": "similarity",
     "relation_frobenius": "relation_frobenius",
+    "relation_kl": "relation_kl",
     "topk_similarity": "retrieval",
     "retrieval_metrics": "retrieval",
 }

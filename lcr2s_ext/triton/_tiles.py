@@ -278,7 +278,7 @@ def project(
     gradient: Tensor,
     rows: PackedRows,
     scale: Tensor | None,
-    slab_scale: Tensor | None,
+    slab_scale: Tensor | float = 1.0,
     norm_gradient: Tensor | None = None,
 ) -> None:
     """From the slab products of :class:`SlabProducts` to the gradient of the features, in place.
@@ -287,24 +287,24 @@ def project(
         gradient: (rows, width) float32.
         rows: the features.
         scale: () float32 factor of the gradient, or None for 1.
-        slab_scale: () float32, what the slabs were multiplied by, or None for 1.
+        slab_scale: what the slabs were multiplied by; () float32 where the device chose it.
         norm_gradient: (rows,) float32, dL/d(norm of the row), or None for 0.
     """
-    one = rows.scalars
+    one, unit = rows.scalars, 4.0 ** -packed_exponent(rows.data.dtype)
     wrap_triton(project_kernel)[(triton.cdiv(rows.rows, _PACK_ROWS),)](
         gradient,
         rows.data,
         rows.scalars,
         one if scale is None else scale,
-        one if slab_scale is None else slab_scale,
+        slab_scale if isinstance(slab_scale, Tensor) else one,
         one if norm_gradient is None else norm_gradient,
         rows.rows,
         rows.width,
         rows.data.shape[0],
         rows.data.shape[1],
-        UNSCALE=4.0 ** -packed_exponent(rows.data.dtype),
+        unit / (1.0 if isinstance(slab_scale, Tensor) else slab_scale),
         HAS_SCALE=scale is not None,
-        HAS_SLAB_SCALE=slab_scale is not None,
+        HAS_SLAB_SCALE=isinstance(slab_scale, Tensor),
         HAS_NORM=norm_gradient is not None,
         ROWS=_PACK_ROWS,
         WIDTH=_PACK_WIDTH,
@@ -324,7 +324,7 @@ def project_kernel(
     width,
     padded_rows,
     padded_width,
-    UNSCALE: tl.constexpr,
+    unscale,
     HAS_SCALE: tl.constexpr,
     HAS_SLAB_SCALE: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -343,7 +343,7 @@ def project_kernel(
         g = tl.load(source + at + lane, mask=mask, other=0.0)
         along += g * tl.load(packed + at + lane, mask=mask, other=0.0).to(tl.float32)
     reciprocal = tl.load(scalars + row)
-    by = UNSCALE * tl.load(scalars + padded_rows + row)
+    by = unscale * tl.load(scalars + padded_rows + row)
     if HAS_SLAB_SCALE:
         by /= tl.load(slab_scale)
     if HAS_SCALE:

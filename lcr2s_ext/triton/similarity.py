@@ -624,7 +624,7 @@ def packed_dtype(*features: Tensor) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def slab_of_statistics(columns: int, fields: int, shape: TileShape, workspace_bytes: int) -> int:
+def rows_of_statistics(columns: int, fields: int, shape: TileShape, workspace_bytes: int) -> int:
     """How many rows (whole tiles) have statistics that fit the workspace."""
     row_bytes = 4 * fields * columns * (shape.pieces / shape.columns + 1 / shape.rows)
     return max(int(workspace_bytes / row_bytes) // TILE, 1) * TILE
@@ -719,7 +719,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # float32 cosines are dear; those of halves are formed again sooner than they are read.
     keep = need_gradient and dtype == torch.float32 and 4 * rows * columns <= call.workspace_bytes
     cosines = empty(rows, columns) if keep else None
-    slab = min(slab_of_statistics(columns, fields, shape, call.workspace_bytes), rows)
+    slab = min(rows_of_statistics(columns, fields, shape, call.workspace_bytes), rows)
     row_pieces = columns // shape.columns * shape.pieces
     row_parts = empty(row_pieces, fields, slab)
     column_parts = empty(slab // shape.rows + 1, fields, columns)
@@ -825,7 +825,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             of_columns.add_(column_sums.sum(0)[: of_columns.shape[0]])
         elif call.need_scale:
             scale_gradient.add_(row_sums.sum())
-    slab_scale = weights[2] if dtype == torch.float16 else None
+    slab_scale: Tensor | float = weights[2] if dtype == torch.float16 else 1.0
     if products.image is not None:
         _tiles.project(products.image, image, scale, slab_scale, row_norms)
     if products.text is not None:

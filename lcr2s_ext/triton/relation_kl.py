@@ -1,0 +1,370 @@
+"""Relation KL in Triton: two passes over tiles of the student's and of the teacher's cosines.
+
+The first leaves the log-sum-exp of every row and column of both. The second knows u = (z - lse z) - (x - lse x) of
+every entry (x the student's logits, z the teacher's), so that p_S = p_T e^-u and
+
+    KL = sum p_T (u + e^-u - 1),  dKL/dx = p_T (e^-u - 1):
+
+no term cancels where the student is near the teacher, and because E_T[1 - e^-u] = 0 an error of the log-sum-exps enters
+the loss squared.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcr2s_ext.triton import _tiles
+from lcr2s_ext.triton._launch import operator, wrap_triton
+from lcr2s_ext.triton._tiles import SlabProducts
+from lcr2s_ext.triton.similarity import (
+    BY_SCALE,
+    LN2,
+    LOG2E,
+    LOG_SUM,
+    is_shifted,
+    launch_statistics,
+    merge_columns,
+    merge_parts,
+    packed_dtype,
+    rows_of_statistics,
+)
+
+_FIELDS = 2
+_COEFFICIENTS = 5
+_MERGE_ROWS = 64
+_MERGE_PARTS = 16
+
+
+@triton.jit
+def relation_kl_finish_kernel(
+    student_parts,
+    teacher_parts,
+    stride,
+    first,
+    count,
+    teacher_count,
+    begin,
+    limit,
+    coefficients,
+    coefficient_stride,
+    FIELDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Of rows (or columns) begin + index < limit: maximum and reciprocal sum of the student's and of the teacher's
+    exponentials (logits in base 2), and lse z - lse x."""
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = begin + index < limit
+    top, _, total, _, _, _ = merge_parts(
+        student_parts, stride, index, limit - begin, first, count, LOG_SUM, FIELDS, ROWS, PARTS
+    )
+    teacher_top, _, teacher_total, _, _, _ = merge_parts(
+        teacher_parts, stride, index, limit - begin, first, teacher_count, LOG_SUM, FIELDS, ROWS, PARTS
+    )
+    total = tl.where(mask, total, 1.0).to(tl.float64)
+    teacher_total = tl.where(mask, teacher_total, 1.0).to(tl.float64)
+    delta = LN2 * (teacher_top.to(tl.float64) - top.to(tl.float64)) + (tl.log(teacher_total) - tl.log(total))
+    at = coefficients + begin + index
+    tl.store(at, top, mask=mask)
+    tl.store(at + coefficient_stride, (1.0 / total).to(tl.float32), mask=mask)
+    tl.store(at + 2 * coefficient_stride, teacher_top, mask=mask)
+    tl.store(at + 3 * coefficient_stride, (1.0 / teacher_total).to(tl.float32), mask=mask)
+    tl.store(at + 4 * coefficient_stride, delta.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def probability(x, shared, shifted, coefficients, stride, AXIS: tl.constexpr):
+    """Softmax over the rows (AXIS 1) or columns (AXIS 0) of base-2 logits x; `shared` is exp2(x)."""
+    top = tl.load(coefficients)
+    reciprocal = tl.load(coefficients + stride)
+    e = shared
+    if shifted:
+        e = tl.exp2(x - tl.expand_dims(top, AXIS))
+    return e * tl.expand_dims(tl.where(shifted, reciprocal, reciprocal * tl.exp2(-top)), AXIS)
+
+
+@triton.jit
+def divergence(teacher, student, u):
+    """(p_T (e^-u - 1), p_T (u + e^-u - 1)) from p_T, p_S and u."""
+    # (e^-u - 1 + u) / u^2 by its series where |u| < 1/2, from the probabilities elsewhere.
+    series = u * (-1 / 362880) + 1 / 40320
+    series = series * u - 1 / 5040
+    series = series * u + 1 / 720
+    series = series * u - 1 / 120
+    series = series * u + 1 / 24
+    series = series * u - 1 / 6
+    series = series * u + 1 / 2
+    curved = series * u * u
+    far = student - teacher
+    near = tl.abs(u) < 0.5
+    return tl.where(near, teacher * (curved - u), far), tl.where(near, teacher * curved, teacher * u + far)
+
+
+@triton.jit
+def relation_kl_kernel(
+    image,
+    image_scalars,
+    text,
+    text_scalars,
+    padded_width,
+    teacher_image,
+    teacher_image_scalars,
+    teacher_text,
+    teacher_text_scalars,
+    teacher_padded_width,
+    row_coefficients,
+    column_coefficients,
+    student_scale,
+    teacher_scale,
+    slab,
+    slab_stride,
+    slab_scale,
+    teacher_cosines,
+    sums,
+    first_row_tile,
+    row_tiles,
+    first_column_tile,
+    column_tiles,
+    rows,
+    columns,
+    padded_rows,
+    padded_columns,
+    KEPT: tl.constexpr,
+    STORE: tl.constexpr,
+    UNIT: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TEACHER_DEPTH: tl.constexpr,
+    TEACHER_PRECISION: tl.constexpr,
+):
+    """One tile of a block: sums [field][tile] of the rows' and of the columns' KL terms and of G * cosine, where
+    G = dL/dx; with STORE, the slab: G times both packed rows' reciprocal norms, times UNIT^2 and the slab scale.
+    KEPT: the slab holds the student's cosines, which G overwrites, and `teacher_cosines` the teacher's."""
+    row_tile, column_tile = _tiles.tile_position(tl.program_id(0), row_tiles, column_tiles)
+    row_start = (first_row_tile + row_tile) * TILE_ROWS
+    column_start = (first_column_tile + column_tile) * TILE_COLUMNS
+    row = row_start + tl.arange(0, TILE_ROWS)
+    reciprocal = tl.load(image_scalars + row)[:, None]
+    teacher_reciprocal = tl.load(teacher_image_scalars + row)[:, None]
+    WIDTH: tl.constexpr = TILE_COLUMNS // PIECES
+    at = (row_tile * TILE_ROWS).to(tl.int64) * slab_stride + column_tile * TILE_COLUMNS
+    at += tl.arange(0, TILE_ROWS)[:, None] * slab_stride + tl.arange(0, WIDTH)[None, :]
+    if KEPT == 0:
+        product = _tiles.tile_product(
+            image + row_start.to(tl.int64) * padded_width,
+            text + column_start.to(tl.int64) * padded_width,
+            padded_width,
+            TILE_ROWS,
+            TILE_COLUMNS,
+            DEPTH,
+            PRECISION,
+        )
+        teacher_product = _tiles.tile_product(
+            teacher_image + row_start.to(tl.int64) * teacher_padded_width,
+            teacher_text + column_start.to(tl.int64) * teacher_padded_width,
+            teacher_padded_width,
+            TILE_ROWS,
+            TILE_COLUMNS,
+            TEACHER_DEPTH,
+            TEACHER_PRECISION,
+        )
+        pieces = _tiles.split_columns(product, TILE_ROWS, TILE_COLUMNS, PIECES)
+        teacher_pieces = _tiles.split_columns(teacher_product, TILE_ROWS, TILE_COLUMNS, PIECES)
+    student_factor = tl.load(student_scale)
+    teacher_factor = tl.load(teacher_scale)
+    student_shifted = is_shifted(student_factor * LOG2E, BY_SCALE)
+    teacher_shifted = is_shifted(teacher_factor * LOG2E, BY_SCALE)
+    row_weight = 1.0 / rows
+    column_weight = 1.0 / columns
+    of_row = row_coefficients + row
+    row_sum = tl.zeros([TILE_ROWS], tl.float32)
+    column_sum = tl.zeros([TILE_ROWS], tl.float32)
+    scale_sum = tl.zeros([TILE_ROWS], tl.float32)
+    for piece in tl.static_range(PIECES):
+        column = column_start + piece * WIDTH + tl.arange(0, WIDTH)
+        column_reciprocal = tl.load(text_scalars + column)[None, :]
+        if KEPT:
+            cosine = tl.load(slab + at + piece * WIDTH)
+            teacher_cosine = tl.load(teacher_cosines + at + piece * WIDTH)
+        else:
+            cosine = pieces[piece] * reciprocal * column_reciprocal
+            teacher_column = tl.load(teacher_text_scalars + column)[None, :]
+            teacher_cosine = teacher_pieces[piece] * teacher_reciprocal * teacher_column
+        # z - x, exact where scales agree and cosines are close.
+        apart = teacher_factor * (teacher_cosine - cosine) + (teacher_factor - student_factor) * cosine
+        x = student_factor * LOG2E * cosine
+        z = teacher_factor * LOG2E * teacher_cosine
+        student_e = tl.exp2(x)
+        teacher_e = tl.exp2(z)
+        of_column = column_coefficients + column
+        row_slope, row_term = divergence(
+            probability(z, teacher_e, teacher_shifted, of_row + 2 * padded_rows, padded_rows, 1),
+            probability(x, student_e, student_shifted, of_row, padded_rows, 1),
+            apart - tl.load(of_row + 4 * padded_rows)[:, None],
+        )
+        column_slope, column_term = divergence(
+            probability(z, teacher_e, teacher_shifted, of_column + 2 * padded_columns, padded_columns, 0),
+            probability(x, student_e, student_shifted, of_column, padded_columns, 0),
+            apart - tl.load(of_column + 4 * padded_columns)[None, :],
+        )
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        g = row_weight * row_slope + column_weight * column_slope
+        row_sum += tl.sum(tl.where(inside, row_term, 0.0), 1)
+        column_sum += tl.sum(tl.where(inside, column_term, 0.0), 1)
+        scale_sum += tl.sum(tl.where(inside, g * cosine, 0.0), 1)
+        if STORE:
+            g *= (slab_scale * UNIT * UNIT) * reciprocal * column_reciprocal
+            tl.store(slab + at + piece * WIDTH, tl.where(inside, g, 0.0).to(slab.dtype.element_ty))
+    tiles = row_tiles * column_tiles
+    out = sums + row_tile * column_tiles + column_tile
+    tl.store(out, tl.sum(row_sum, 0))
+    tl.store(out + tiles, tl.sum(column_sum, 0))
+    tl.store(out + 2 * tiles, tl.sum(scale_sum, 0))
+
+
+@operator
+def relation_kl(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradients of :func:`lcr2s_ext.ops.relation_kl_loss`, as torch.ops.lcr2s.relation_kl."""
+    dtype, teacher_dtype = packed_dtype(student_image, student_text), packed_dtype(teacher_image, teacher_text)
+    image, text = _tiles.pack_rows(student_image, dtype), _tiles.pack_rows(student_text, dtype)
+    soft_image, soft_text = (_tiles.pack_rows(side, teacher_dtype) for side in (teacher_image, teacher_text))
+    rows, columns = image.data.shape[0], text.data.shape[0]
+    student_scale, teacher_scale = student_scale.to(torch.float32), teacher_scale.to(torch.float32)
+    store = need_image or need_text
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return student_image.new_empty(size, dtype=dtype)
+
+    # float32 cosines are dear; those of halves are formed again sooner than they are read.
+    dear = dtype == teacher_dtype == torch.float32
+    keep = dear and 2 * 4 * rows * columns <= workspace_bytes
+    cosines = empty(2, rows, columns) if keep else None
+    shape, teacher_shape = _tiles.tile_shape(dtype), _tiles.tile_shape(teacher_dtype)
+    models = ((image, text, student_scale, shape), (soft_image, soft_text, teacher_scale, teacher_shape))
+    slab = min(*(rows_of_statistics(columns, 2 * _FIELDS, side[3], workspace_bytes) for side in models), rows)
+    row_pieces = [columns // side[3].columns * side[3].pieces for side in models]
+    row_parts = [empty(pieces, _FIELDS, slab) for pieces in row_pieces]
+    column_parts = [empty(slab // side[3].rows + 1, _FIELDS, columns) for side in models]
+    row_coefficients, column_coefficients = empty(_COEFFICIENTS, rows), empty(_COEFFICIENTS, columns)
+
+    def finish(parts: list[Tensor], first: int, counts: list[int], begin: int, limit: int, out: Tensor) -> None:
+        size = min(parts[0].shape[2], limit - begin)
+        wrap_triton(relation_kl_finish_kernel)[(triton.cdiv(size, _MERGE_ROWS),)](
+            *parts,
+            parts[0].shape[2],
+            first,
+            *counts,
+            begin,
+            limit,
+            out,
+            out.shape[1],
+            FIELDS=_FIELDS,
+            ROWS=_MERGE_ROWS,
+            PARTS=_MERGE_PARTS,
+            num_warps=4,
+        )
+
+    for begin in range(0, rows, slab):
+        count = min(slab, rows - begin)
+        for model, side in enumerate(models):
+            launch_statistics(
+                LOG_SUM.value,
+                side[0],
+                side[1],
+                None,
+                side[2],
+                0.0,
+                side[3],
+                begin,
+                count,
+                row_parts[model],
+                column_parts[model],
+                None if cosines is None else cosines[model],
+            )
+        finish(row_parts, 0, row_pieces, begin, image.rows, row_coefficients)
+        # Part 0 of the columns is what the slabs before this one gave.
+        first, counts = int(begin == 0), [count // side[3].rows + 1 for side in models]
+        if begin + count < rows:
+            for parts, of_model in zip(column_parts, counts, strict=True):
+                merge_columns(LOG_SUM.value, parts, first, of_model, text.rows)
+        else:
+            finish(column_parts, first, counts, 0, text.rows, column_coefficients)
+
+    products = SlabProducts(image, text, need_image, need_text)
+    blocks = _tiles.blocks(image, text, dtype.itemsize, workspace_bytes)
+    if cosines is not None:
+        slab_tensor = cosines[0]
+    else:
+        slab_tensor = empty(*(blocks[0].rows, blocks[0].columns) if store else (0, columns), dtype=dtype)
+    # |dL/dx| is at most 1 / B + 1 / N.
+    largest = 1 / image.rows + 1 / text.rows
+    slab_scale = 2.0 ** (14 - math.floor(math.log2(largest))) if dtype == torch.float16 else 1.0
+    tile = teacher_shape if dtype != torch.float32 else shape
+    totals = empty(3, dtype=torch.float64).zero_()
+    for block in blocks:
+        row_tiles, column_tiles = block.rows // tile.rows, block.columns // tile.columns
+        sums = empty(3, row_tiles * column_tiles)
+        wrap_triton(relation_kl_kernel)[(row_tiles * column_tiles,)](
+            image.data,
+            image.scalars,
+            text.data,
+            text.scalars,
+            image.data.shape[1],
+            soft_image.data,
+            soft_image.scalars,
+            soft_text.data,
+            soft_text.scalars,
+            soft_image.data.shape[1],
+            row_coefficients,
+            column_coefficients,
+            student_scale,
+            teacher_scale,
+            slab_tensor,
+            slab_tensor.shape[1],
+            slab_scale,
+            slab_tensor if cosines is None else cosines[1],
+            sums,
+            block.row // tile.rows,
+            row_tiles,
+            block.column // tile.columns,
+            column_tiles,
+            image.rows,
+            text.rows,
+            rows,
+            columns,
+            KEPT=cosines is not None,
+            STORE=store,
+            UNIT=2.0 ** _tiles.packed_exponent(dtype),
+            TEACHER_DEPTH=teacher_shape.depth,
+            TEACHER_PRECISION=teacher_shape.precision,
+            **{**tile.constants(), "DEPTH": shape.depth, "PRECISION": shape.precision},
+        )
+        totals.add_(sums.sum(1, dtype=torch.float64))
+        if store:
+            products.add(slab_tensor, block)
+    for side, gradient in ((image, products.image), (text, products.text)):
+        if gradient is not None:
+            _tiles.project(gradient, side, student_scale, slab_scale)
+    return (
+        (totals[0] / image.rows + totals[1] / text.rows).to(torch.float32),
+        empty(0) if products.image is None else products.image,
+        empty(0) if products.text is None else products.text,
+        totals[2].to(torch.float32) if need_scale else empty(0),
+    )
