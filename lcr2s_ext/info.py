@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from lcr2s_ext import triton
 from lcr2s_ext._version import __version__
 from lcr2s_ext.ops import _backend, _library
 
@@ -37,11 +38,16 @@ def _no_gpu() -> str | None:
 
 def _backend_lines(backend: str, no_gpu: str | None) -> list[str]:
     """Whether a backend runs here, and the operators it has and lacks."""
-    device = torch.device("cpu" if backend == "cpu" else "cuda")
+    interpreted = backend == "triton" and triton.INTERPRETED
+    device = torch.device("cpu" if backend == "cpu" or interpreted else "cuda")
     reasons = {op: _backend.unavailable_reason(op, backend, device) for op in _backend.OPERATORS}
     held = [op for op, reason in reasons.items() if reason is None]
     missing = sorted({reason.replace(op, "OPERATOR") for op, reason in reasons.items() if reason is not None})
-    if backend != "cpu" and no_gpu is not None:
+    if backend == "triton" and triton.UNAVAILABLE is not None:
+        return [f"triton: cannot run here: {triton.UNAVAILABLE}"]
+    if interpreted:
+        lines = ["triton: runs here, in its interpreter on CPU tensors (TRITON_INTERPRET is set)"]
+    elif backend != "cpu" and no_gpu is not None:
         lines = [f"{backend}: cannot run here: {no_gpu}"]
     else:
         lines = [f"{backend}: runs here" if held else f"{backend}: cannot run here"]

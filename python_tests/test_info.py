@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import lcr2s_ext
-from lcr2s_ext import info
+from lcr2s_ext import info, triton
 
 
 def run(*command: str, **environment: str) -> str:
@@ -24,6 +25,14 @@ def test_report_names_versions_and_backends() -> None:
     assert "reference: runs here" in text
     for backend in ("cpu", "cuda", "triton"):
         assert f"  {backend}: runs here" in text or f"  {backend}: cannot run here" in text
+
+
+def test_triton_is_named_with_its_version_and_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"triton {info._version_of('triton')}" in info.report()
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    assert "triton: runs here, in its interpreter on CPU tensors" in info.report()
+    monkeypatch.setattr(triton, "UNAVAILABLE", triton._refusal("3.5.1"))
+    assert "triton: cannot run here: triton 3.5.1 is installed, triton >= 3.6 is needed" in info.report()
 
 
 def test_module_prints_the_report() -> None:

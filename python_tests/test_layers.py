@@ -22,7 +22,7 @@ ALLOWED = {
     "data": {"ops", "native"},
     "retrieval": {"ops"},
     "training": {"models", "nn", "ops", "data", "retrieval"},
-    "info": {"ops", "native"},
+    "info": {"ops", "triton", "native"},
 }
 ROOT_MODULES = {"_version", "_checks"}  # any room may name these
 

@@ -12,7 +12,7 @@ import torch
 import lcr2s_ext
 from lcr2s_ext import BackendUnavailableError, explain, triton, use_backend
 from lcr2s_ext.ops import SupportIndex, _backend, _dispatch, support_attention
-from lcr2s_ext.ops._backend import resolve
+from lcr2s_ext.ops._backend import resolve, unavailable_reason
 
 QUERY = torch.ones(2, 1, 4)
 SETS = SupportIndex(torch.tensor([0, 1, 2]), torch.tensor([0, 1]), 2)
@@ -58,6 +58,24 @@ def test_a_backend_that_cannot_run_says_why(backend: str, reason: str, monkeypat
     with pytest.raises(BackendUnavailableError, match=f"support_attention.*'{backend}'.*{reason}"):
         attention_backend(backend=backend)
     assert issubclass(BackendUnavailableError, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("version", "usable"),
+    [("3.6.0", True), ("3.10.1", True), ("4.0", True), ("3.6.0+git1234", True), ("3.5.1", False), ("2.9", False)],
+)
+def test_triton_versions_are_compared_as_numbers(version: str, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = triton._refusal(version)
+    assert reason is None if usable else f"triton {version} is installed, triton >= 3.6 is needed" in str(reason)
+    monkeypatch.setattr(triton, "UNAVAILABLE", reason)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    assert unavailable_reason("support_attention", "triton", torch.device("cuda")) == reason
+
+
+def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "UNAVAILABLE", triton._refusal(None))
+    with pytest.raises(BackendUnavailableError, match="triton is not installed"):
+        attention_backend(backend="triton")
 
 
 def test_auto_on_an_accelerator_names_every_candidate() -> None:
