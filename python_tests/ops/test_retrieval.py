@@ -2,18 +2,23 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from backends import backends, backends_and_dtypes, on
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lcr2s_ext import triton
 from lcr2s_ext.ops import retrieval_metrics, set_workspace_limit, topk_similarity
+from lcr2s_ext.reference.retrieval import retrieval_statistics
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-BACKENDS = ["cpu", "reference"]
+BACKENDS = backends()
+KERNELS = backends("cpu", "triton", "cuda")
 
 
 def random_features(rows: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -95,12 +100,34 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
     "hardly a positive": (50, 30, 6, 10**6),
 }
 
+# The same edges with fewer tiles and positives, for triton's interpreter.
+INTERPRETED_SHAPES = {
+    **SHAPES,
+    "width 513": (5, 20, 150, 4),
+    "several tiles": (140, 150, 12, 90),
+    "one identity": (9, 70, 8, 1),
+    "few large identities": (20, 90, 8, 5),
+}
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_metrics(shape: tuple[int, int, int, int], dtype: torch.dtype, backend: str) -> None:
-    queries, rows, width, identities = shape
+
+def shape_of(name: str, backend: str) -> tuple[int, int, int, int]:
+    return (INTERPRETED_SHAPES if backend == "triton" and triton.INTERPRETED else SHAPES)[name]
+
+
+def cases() -> list[Any]:
+    """Every backend and dtype with every shape; in the interpreter one dtype a shape, in turn."""
+    turn = dict(zip(SHAPES, [torch.float32, torch.bfloat16, torch.float16] * len(SHAPES), strict=False))
+    return [
+        pytest.param(*case.values, name, id=f"{case.id}-{name}", marks=case.marks)
+        for case in backends_and_dtypes(DTYPES)
+        for name in SHAPES
+        if not (triton.INTERPRETED and case.values[0] == "triton" and case.values[1] != turn[name])
+    ]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "name"), cases())
+def test_metrics(backend: str, dtype: torch.dtype, name: str) -> None:
+    queries, rows, width, identities = shape_of(name, backend)
     # Exact cosines: no dtype may change the ranking.
     make = exact_features if width >= 4 else random_features
     query, gallery = make(queries, width, dtype), make(rows, width, dtype)
@@ -109,16 +136,15 @@ def test_metrics(shape: tuple[int, int, int, int], dtype: torch.dtype, backend: 
     query_ids, gallery_ids = torch.randint(0, identities, (queries,)), torch.randint(0, identities, (rows,))
     ks = (1, 5, 10, 10**9)
     expected = metrics_by_hand(query, gallery, query_ids, gallery_ids, ks)
-    assert_same(retrieval_metrics(query, gallery, query_ids, gallery_ids, ks, backend=backend), expected)
-    int32 = retrieval_metrics(query, gallery, query_ids.int(), gallery_ids.int(), list(ks), backend=backend)
+    there = on(backend, (query, gallery, query_ids, gallery_ids))
+    assert_same(retrieval_metrics(*there, ks, backend=backend), expected)
+    int32 = retrieval_metrics(*there[:2], there[2].int(), there[3].int(), list(ks), backend=backend)
     assert_same(int32, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_topk(shape: tuple[int, int, int, int], dtype: torch.dtype, backend: str) -> None:
-    queries, rows, width, _ = shape
+@pytest.mark.parametrize(("backend", "dtype", "name"), cases())
+def test_topk(backend: str, dtype: torch.dtype, name: str) -> None:
+    queries, rows, width, _ = shape_of(name, backend)
     make = exact_features if width >= 4 else random_features
     query, gallery = make(queries, width, dtype), make(rows, width, dtype)
     if width == 1:
@@ -126,11 +152,11 @@ def test_topk(shape: tuple[int, int, int, int], dtype: torch.dtype, backend: str
     order = torch.tensor(rankings(query, gallery))
     exact = torch.from_numpy(scores(query, gallery))
     for k in sorted({1, min(7, rows), rows}):
-        values, indices = topk_similarity(query, gallery, k, backend=backend)
+        values, indices = topk_similarity(*on(backend, (query, gallery)), k, backend=backend)
         assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert indices.dtype == torch.int64
-        assert torch.equal(indices, order[:, :k])
-        torch.testing.assert_close(values.double(), exact.gather(1, order[:, :k]), rtol=0, atol=1e-6)
+        assert torch.equal(indices.cpu(), order[:, :k])
+        torch.testing.assert_close(values.cpu().double(), exact.gather(1, order[:, :k]), rtol=0, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -176,26 +202,57 @@ def test_any_shape(
     assert actual["R@5"] == pytest.approx(float(expected_recall), nan_ok=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", backends("triton"))
+@settings(max_examples=4, deadline=None, phases=[Phase.generate])  # shrinking in the interpreter would take minutes
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    queries=st.integers(1, 140),
+    rows=st.integers(1, 150),
+    width=st.integers(4, 40),
+    identities=st.sampled_from([20, 2000]),
+    budget=st.sampled_from([0, 20_000, 1 << 26]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_in_triton(
+    backend: str, dtype: torch.dtype, queries: int, rows: int, width: int, identities: int, budget: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    queries = queries if budget > 0 else 1 + queries % 3
+    query, gallery = exact_features(queries, width, dtype), exact_features(rows, width, dtype)
+    ids = torch.randint(0, identities, (queries,)), torch.randint(0, identities, (rows,))
+    there = on(backend, (query, gallery, *ids))
+    topk_similarity(*there[:2], 1, backend=backend)  # imports the operators
+    k = 1 + seed % min(rows, 4)
+    order = torch.tensor(rankings(query, gallery))
+    assert torch.equal(torch.ops.lcr2s_triton.topk_similarity(*there[:2], k, budget)[1].cpu(), order[:, :k])
+    expected = retrieval_statistics(query, gallery, *ids)
+    for actual, exact in zip(torch.ops.lcr2s_triton.retrieval_metrics(*there, budget), expected, strict=True):
+        torch.testing.assert_close(actual.cpu(), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), backends_and_dtypes([torch.float32, torch.float64, torch.bfloat16], "cpu", "triton", "cuda")
+)
 @pytest.mark.parametrize("copies", [3, 100])
-def test_a_positive_scores_the_same_bits_as_in_the_gallery(dtype: torch.dtype, copies: int) -> None:
+def test_a_positive_scores_the_same_bits_as_in_the_gallery(dtype: torch.dtype, copies: int, backend: str) -> None:
     # Every gallery row is the same row: all scores tie, so the rank of row j is j + 1 exactly if bits agree.
-    width, rows = 517, 1000
+    width, rows, queries, alone = 517, 1000, 150, 20
+    if backend == "triton" and triton.INTERPRETED:
+        width, rows, queries, alone, copies = 150, 270, 40, 1, copies // 9 + 1
     gallery = random_features(1, width, dtype).expand(rows, width)
-    query = random_features(150, width, dtype)
-    query_ids = torch.arange(150)
+    query = random_features(queries, width, dtype)
+    query_ids = torch.arange(queries)
     gallery_ids = torch.full((rows,), -1)
-    places = torch.stack([torch.randperm(rows)[:copies].sort().values for _ in range(150)])
-    for q in range(150):
+    for q in range(alone + 1):
+        places = torch.randperm(rows)[:copies].sort().values
         own = gallery_ids.clone()
-        own[places[q]] = q
-        actual = retrieval_metrics(query[q : q + 1], gallery, query_ids[q : q + 1], own, (1,), backend="cpu")
-        assert actual["mINP"] == copies / (int(places[q, -1]) + 1)
-        if q >= 20:
-            break
+        own[places] = q
+        there = on(backend, (query[q : q + 1], gallery, query_ids[q : q + 1], own))
+        actual = retrieval_metrics(*there, (1,), backend=backend)
+        assert actual["mINP"] == copies / (int(places[-1]) + 1)
     # All queries at once: identity q owns row 6 q.
-    gallery_ids[torch.arange(150) * 6] = query_ids
-    actual = retrieval_metrics(query, gallery, query_ids, gallery_ids, (1,), backend="cpu")
+    gallery_ids[query_ids * 6] = query_ids
+    actual = retrieval_metrics(*on(backend, (query, gallery, query_ids, gallery_ids)), (1,), backend=backend)
     assert actual["mAP"] == pytest.approx(float((1 / (query_ids * 6 + 1).double()).mean()), rel=1e-12)
 
 
@@ -216,6 +273,35 @@ def test_bits_do_not_depend_on_threads_or_on_the_other_queries() -> None:
     assert torch.equal(alone[1], runs[0][0][1][17:18])
 
 
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes([torch.float32, torch.bfloat16], "triton", "cuda"))
+def test_bits_on_a_gpu_do_not_depend_on_the_other_queries_or_on_the_run(backend: str, dtype: torch.dtype) -> None:
+    query, gallery = on(backend, (random_features(70, 40, dtype), random_features(270, 40, dtype)))
+    ids = on(backend, (torch.randint(0, 150, (70,)), torch.randint(0, 150, (270,))))
+    first, second = (topk_similarity(query, gallery, 2, backend=backend) for _ in range(2))
+    # Every tile is among the best: no maxima are taken.
+    whole = topk_similarity(query, gallery, 270, backend=backend)
+    for a, b, c in zip(first, second, whole, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c[:, :2])
+    alone = topk_similarity(query[69:], gallery, 2, backend=backend)
+    assert torch.equal(alone[0], first[0][69:])
+    assert torch.equal(alone[1], first[1][69:])
+    runs = [retrieval_metrics(query, gallery, *ids, backend=backend) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), backends_and_dtypes([torch.float32, torch.bfloat16], "cpu", "triton", "cuda")
+)
+def test_size_of_features_does_not_matter(backend: str, dtype: torch.dtype) -> None:
+    query, gallery = exact_features(6, 8), exact_features(9, 8)
+    order = torch.tensor(rankings(query, gallery))
+    # Their products leave float32.
+    for factor, other in ((2.0**90, 1.0), (2.0**-80, 2.0**-100)):
+        scaled = on(backend, ((query * factor).to(dtype), (gallery * other).to(dtype)))
+        assert torch.equal(topk_similarity(*scaled, 9, backend=backend)[1].cpu(), order)
+
+
 def test_a_small_workspace_changes_nothing() -> None:
     query, gallery = random_features(260, 600, torch.float32), random_features(3000, 600, torch.float32)
     ids = torch.zeros(260, dtype=torch.int64), torch.zeros(3000, dtype=torch.int64)
@@ -233,8 +319,9 @@ def test_a_small_workspace_changes_nothing() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_query_has_a_positive(backend: str) -> None:
-    query, gallery = random_features(4, 8), random_features(5, 8)
-    actual = retrieval_metrics(query, gallery, torch.arange(4), torch.arange(10, 15), backend=backend)
+    query, gallery = random_features(4, 8, torch.float32), random_features(5, 8, torch.float32)
+    problem = on(backend, (query, gallery, torch.arange(4), torch.arange(10, 15)))
+    actual = retrieval_metrics(*problem, backend=backend)
     assert list(actual) == [
         "R@1",
         "R@5",
@@ -253,11 +340,11 @@ def test_no_query_has_a_positive(backend: str) -> None:
 def test_zero_rows_have_cosine_zero(backend: str) -> None:
     gallery = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
     query = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    query, gallery, owners = on(backend, (query, gallery, torch.arange(4)))
     values, indices = topk_similarity(query, gallery, 4, backend=backend)
     assert indices.tolist() == [[2, 0, 1, 3], [0, 1, 2, 3]]
     assert values.tolist() == [[1.0, 0.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0]]
-    ids = torch.tensor([1, 3])
-    actual = retrieval_metrics(query, gallery, ids, torch.arange(4), (3,), backend=backend)
+    actual = retrieval_metrics(query, gallery, owners[1::2], owners, (3,), backend=backend)
     assert actual["mAP"] == pytest.approx((1 / 3 + 1 / 4) / 2)
     assert actual["R@3"] == 0.5
 
@@ -265,12 +352,10 @@ def test_zero_rows_have_cosine_zero(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_known_ranking(backend: str) -> None:
     # Scores fall with the index; positives at ranks 1, 3 and 6.
-    angles = torch.linspace(0, 1, 7, dtype=torch.float64)
+    angles = torch.linspace(0, 1, 7)
     gallery = torch.stack([angles.cos(), angles.sin()], 1)
-    query = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    actual = retrieval_metrics(
-        query, gallery, torch.tensor([5]), torch.tensor([5, 0, 5, 1, 2, 5, 3]), (1, 2), backend=backend
-    )
+    ids = torch.tensor([5]), torch.tensor([5, 0, 5, 1, 2, 5, 3])
+    actual = retrieval_metrics(*on(backend, (torch.tensor([[1.0, 0.0]]), gallery, *ids)), (1, 2), backend=backend)
     assert actual["R@1"] == actual["R@2"] == 1.0
     assert actual["mAP"] == pytest.approx((1 + 2 / 3 + 3 / 6) / 3)
     assert actual["mAP_trapezoid"] == pytest.approx((1 + (1 / 2 + 2 / 3) / 2 + (2 / 5 + 3 / 6) / 2) / 3)
@@ -279,8 +364,8 @@ def test_a_known_ranking(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous(backend: str) -> None:
-    query, gallery = random_features(9, 6, torch.float32), random_features(14, 6, torch.float32)
-    ids = torch.randint(0, 4, (9,)), torch.randint(0, 4, (14,))
+    query, gallery = on(backend, (random_features(9, 6, torch.float32), random_features(14, 6, torch.float32)))
+    ids = on(backend, (torch.randint(0, 4, (9,)), torch.randint(0, 4, (14,))))
     expected = topk_similarity(query, gallery, 5, backend=backend)
     measured = retrieval_metrics(query, gallery, *ids, backend=backend)
     layouts: list[Callable[[Tensor], Tensor]] = [
@@ -298,36 +383,63 @@ def test_non_contiguous(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_gradient(backend: str) -> None:
-    query, gallery = (random_features(n, 5).requires_grad_() for n in (3, 4))
+    query, gallery = (on(backend, random_features(n, 5, torch.float32)).requires_grad_() for n in (3, 4))
     values, _ = topk_similarity(query, gallery, 2, backend=backend)
     assert not values.requires_grad
 
 
-def test_opcheck() -> None:
-    query, gallery = random_features(6, 5, torch.float32), random_features(9, 5, torch.float32)
-    ids = torch.randint(0, 3, (6,)), torch.randint(0, 3, (9,))
-    torch.library.opcheck(torch.ops.lcr2s.topk_similarity.default, (query, gallery, 4, 1 << 20))
-    torch.library.opcheck(torch.ops.lcr2s.topk_similarity.default, (query.bfloat16(), gallery.bfloat16(), 9, 0))
-    torch.library.opcheck(torch.ops.lcr2s.retrieval_metrics.default, (query, gallery, *ids, 1 << 20))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend: str) -> None:
+    query, gallery = on(backend, (random_features(6, 5, torch.float32), random_features(9, 5, torch.float32)))
+    ids = on(backend, (torch.randint(0, 3, (6,)), torch.randint(0, 3, (9,))))
+    topk_similarity(query, gallery, 1, backend=backend)  # registers Triton's
+    operators = torch.ops.lcr2s_triton if backend == "triton" else torch.ops.lcr2s
+    torch.library.opcheck(operators.topk_similarity.default, (query, gallery, 4, 1 << 20))
+    torch.library.opcheck(operators.topk_similarity.default, (query.bfloat16(), gallery.bfloat16(), 9, 0))
+    torch.library.opcheck(operators.retrieval_metrics.default, (query, gallery, *ids, 1 << 20))
 
 
-def test_topk_compiles_without_graph_breaks() -> None:
-    query, gallery = random_features(6, 5, torch.float32), random_features(9, 5, torch.float32)
-    compiled = torch.compile(lambda q, g: topk_similarity(q, g, 3), fullgraph=True, dynamic=True)
-    for got, expected in zip(compiled(query, gallery), topk_similarity(query, gallery, 3), strict=True):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_topk_compiles_without_graph_breaks(backend: str) -> None:
+    query, gallery = on(backend, (random_features(6, 5, torch.float32), random_features(9, 5, torch.float32)))
+
+    def best(query: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
+        return topk_similarity(query, gallery, 3, backend=backend)
+
+    compiled = torch.compile(best, fullgraph=True, dynamic=True)
+    for got, expected in zip(compiled(query, gallery), best(query, gallery), strict=True):
         assert torch.equal(got, expected)
     query[2, 1] = math.nan
-    with pytest.raises(RuntimeError, match="`query` must hold finite numbers"):
+    with pytest.raises((RuntimeError, ValueError), match="`query` must hold finite numbers"):
         compiled(query, gallery)
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize("function", ["topk", "metrics"])
+def test_triton_refuses_float64_and_what_is_not_finite(function: str, backend: str) -> None:
+    def call(query: Tensor, gallery: Tensor) -> object:
+        if function == "topk":
+            return topk_similarity(query, gallery, 2, backend=backend)
+        ids = on(backend, (torch.arange(3), torch.arange(5)))
+        return retrieval_metrics(query, gallery, *ids, backend=backend)
+
+    with pytest.raises(TypeError, match=r"`query`.*float64"):
+        call(*on(backend, (Q.double(), G.double())))
+    for value in (math.nan, math.inf):
+        bad = torch.full((5, 4), value)
+        with pytest.raises(ValueError, match="`query` must hold finite numbers"):
+            call(*on(backend, (bad[:3], bad)))
+        with pytest.raises(ValueError, match="`gallery` must hold finite numbers"):
+            call(*on(backend, (Q, bad)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_nothing(backend: str) -> None:
-    query, gallery = random_features(20, 30, torch.float32), random_features(40, 30, torch.float32)
-    ids = torch.randint(0, 9, (20,)), torch.randint(0, 9, (40,))
+    query, gallery = on(backend, (random_features(20, 30, torch.float32), random_features(40, 30, torch.float32)))
+    ids = on(backend, (torch.randint(0, 9, (20,)), torch.randint(0, 9, (40,))))
     expected = topk_similarity(query, gallery, 5, backend=backend)
     measured = retrieval_metrics(query, gallery, *ids, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(query.device.type, torch.bfloat16):
         actual = topk_similarity(query, gallery, 5, backend=backend)
         assert retrieval_metrics(query, gallery, *ids, backend=backend) == measured
     assert torch.equal(actual[0], expected[0])
@@ -425,3 +537,14 @@ def test_direct_calls_are_refused(op: str, good: dict[str, object], argument: st
     assert function(**good)[0].shape[0] == 3
     with pytest.raises(RuntimeError, match=f"`{argument}`"):
         function(**{**good, argument: bad})
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize("op", ["topk_similarity", "retrieval_metrics"])
+def test_direct_calls_in_triton_are_refused(op: str, backend: str) -> None:
+    topk_similarity(*on(backend, (Q, G)), 1, backend=backend)  # imports the operators
+    function = getattr(torch.ops.lcr2s_triton, op)
+    for name, good, argument, bad in BAD_DIRECT:
+        if name == op:
+            with pytest.raises((TypeError, ValueError), match=f"`{argument}`"):
+                function(**on(backend, {**good, argument: bad}))
