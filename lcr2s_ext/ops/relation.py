@@ -5,9 +5,10 @@ The compiled kernels never form the B x N matrices: memory is O((B + N) d + d^2)
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lcr2s_ext import _checks
-from lcr2s_ext.ops import _backend, _registration, _workspace
+from lcr2s_ext.ops import _backend, _distributed, _registration, _workspace
 from lcr2s_ext.reference import relation as reference
 
 _REDUCTIONS = ("sum", "row", "mean")
@@ -49,6 +50,7 @@ def relation_frobenius_loss(
     *,
     reduction: str = "mean",
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Squared Frobenius distance between the cosine matrices of student and teacher.
 
@@ -63,6 +65,10 @@ def relation_frobenius_loss(
         teacher_text: (N, e), dtype of `teacher_image` (under autocast the dtypes may differ). No gradient.
         reduction: "sum", "row" (the sum divided by B) or "mean" (divided by B * N).
         backend: see :func:`lcr2s_ext.ops.use_backend`.
+        group: ranks of which each holds rows of one larger batch, as many on each; the loss is that of the whole
+            batch, the same on all ranks, and gradients summed over the ranks are those of one process on the whole
+            batch. DistributedDataParallel averages: multiply the loss by the number of ranks there. Only d x d
+            matrices travel, and library products take the place of the backend.
 
     Returns:
         () float32, or float64 where any of the features are. A zero row has cosine 0 and gradient 0; NaN in gives NaN
@@ -81,8 +87,10 @@ def relation_frobenius_loss(
     """
     features = _check(student_image, student_text, teacher_image, teacher_text)
     reduction = _checks.check_choice("reduction", reduction, _REDUCTIONS)
-    chosen = _backend.resolve("relation_frobenius", backend, student_image.device)
+    chosen = _backend.resolve("relation_frobenius", backend, student_image.device, student_image.shape[0])
     _checks.check_backend_dtype(chosen, **dict(zip(_FEATURES, features, strict=True)))
+    if group is not None:
+        return _distributed.frobenius(_distributed.check_group(group), features, reduction)
     if chosen == "reference":
         return reference.relation_frobenius_loss(*features, reduction)
     needs = _registration.needs_grad(*features[:2])
@@ -100,6 +108,7 @@ def relation_kl_loss(
     student_scale: Tensor | float,
     teacher_scale: Tensor | float,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Kullback-Leibler divergence of the student's softmax relations from the teacher's, in both directions.
 
@@ -115,6 +124,9 @@ def relation_kl_loss(
             gradient and is not read on the host.
         teacher_scale: the teacher's, likewise, without a gradient.
         backend: see :func:`lcr2s_ext.ops.use_backend`.
+        group: ranks of which each holds rows of one larger batch, as many on each; the loss is that of the whole
+            batch, the same on all ranks, and gradients summed over the ranks are those of one process on the whole
+            batch. DistributedDataParallel averages: multiply the loss by the number of ranks there.
 
     Returns:
         () float32, or float64 where any of the features are. A zero row has cosine 0 and gradient 0; NaN in gives NaN
@@ -133,8 +145,13 @@ def relation_kl_loss(
     device = student_image.device
     student = _checks.check_scale("student_scale", student_scale, device, dtype)
     teacher = _checks.check_scale("teacher_scale", teacher_scale, device, dtype).detach()
-    chosen = _backend.resolve("relation_kl", backend, device)
+    chosen = _backend.resolve("relation_kl", backend, device, student_image.shape[0])
     _checks.check_backend_dtype(chosen, **dict(zip(_FEATURES, features, strict=True)))
+    if group is not None:
+        named = dict(zip(_FEATURES, features, strict=True))
+        gathered = _distributed.gather(_distributed.check_group(group), named)
+        features = (gathered[0], gathered[1], gathered[2], gathered[3])
+        student = _distributed.share(group, student)
     if chosen == "reference":
         return reference.relation_kl_loss(*features, student, teacher)
     needs = _registration.needs_grad(*features[:2], student)

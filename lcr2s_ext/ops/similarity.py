@@ -3,11 +3,14 @@
 The compiled kernels stream the matrix through a bounded workspace: memory is O((B + N) d), whatever B N is.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lcr2s_ext import _checks
-from lcr2s_ext.ops import _backend, _registration, _workspace
+from lcr2s_ext.ops import _backend, _distributed, _registration, _workspace
 from lcr2s_ext.reference import similarity as reference
 
 
@@ -42,6 +45,21 @@ def _check_finite(name: str, value: object) -> float:
     return float(value)
 
 
+def _whole_batch(
+    group: ProcessGroup | None, image: Tensor, text: Tensor, image_ids: Tensor | None, text_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Any, Any]:
+    """The features and ids of all ranks of a group; without one what came."""
+    if group is None:
+        return image, text, image_ids, text_ids
+    named = {"image": image, "text": text, "image_ids": image_ids, "text_ids": text_ids}
+    # The same ids twice travel once.
+    shared = image_ids is text_ids
+    if shared:
+        del named["text_ids"]
+    gathered = _distributed.gather(_distributed.check_group(group), named)
+    return gathered[0], gathered[1], gathered[2], gathered[2 if shared else 3]
+
+
 def _statistics(image: Tensor, text: Tensor) -> torch.dtype:
     return _checks.statistics_dtype(torch.promote_types(image.dtype, text.dtype))
 
@@ -54,6 +72,7 @@ def info_nce_loss(
     *,
     logit_scale: Tensor | float,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE: softmax cross entropy of scaled cosines, mean over rows of each direction, the two averaged.
 
@@ -69,6 +88,9 @@ def info_nce_loss(
         logit_scale: 1 / temperature, a number above 0 or a one-element tensor, which may need a gradient and is not
             read on the host.
         backend: see :func:`lcr2s_ext.ops.use_backend`.
+        group: ranks of which each holds rows of one larger batch, as many on each; the loss is that of the whole
+            batch, the same on all ranks, and gradients summed over the ranks are those of one process on the whole
+            batch. DistributedDataParallel averages: multiply the loss by the number of ranks there.
 
     Returns:
         () float32, or float64 for float64 features. A zero row has cosine 0 and gradient 0; NaN in gives NaN out.
@@ -89,8 +111,10 @@ def info_nce_loss(
     else:
         image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     scale = _checks.check_scale("logit_scale", logit_scale, image.device, _statistics(image, text))
-    chosen = _backend.resolve("info_nce", backend, image.device)
+    chosen = _backend.resolve("info_nce", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
+    image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
+    scale = _distributed.share(group, scale)
     if chosen == "reference":
         return reference.info_nce_loss(image, text, image_ids, text_ids, scale)
     needs = _registration.needs_grad(image, text, scale)
@@ -107,6 +131,7 @@ def sdm_loss(
     logit_scale: Tensor | float = 50.0,
     eps: float = 1e-8,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Similarity distribution matching: KL of the softmax over cosines from the identities' distribution.
 
@@ -123,6 +148,9 @@ def sdm_loss(
             read on the host.
         eps: added to Q inside the logarithm, above 0.
         backend: see :func:`lcr2s_ext.ops.use_backend`.
+        group: ranks of which each holds rows of one larger batch, as many on each; the loss is that of the whole
+            batch, the same on all ranks, and gradients summed over the ranks are those of one process on the whole
+            batch. DistributedDataParallel averages: multiply the loss by the number of ranks there.
 
     Returns:
         () float32, or float64 for float64 features. A zero row has cosine 0 and gradient 0; NaN in gives NaN out.
@@ -139,8 +167,10 @@ def sdm_loss(
     image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     scale = _checks.check_scale("logit_scale", logit_scale, image.device, _statistics(image, text))
     eps = _checks.check_positive("eps", eps)
-    chosen = _backend.resolve("sdm", backend, image.device)
+    chosen = _backend.resolve("sdm", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
+    image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
+    scale = _distributed.share(group, scale)
     if chosen == "reference":
         return reference.sdm_loss(image, text, image_ids, text_ids, scale, eps)
     needs = _registration.needs_grad(image, text, scale)
@@ -157,6 +187,7 @@ def cmpm_loss(
     target: str = "l2",
     eps: float = 1e-8,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Cross-modal projection matching: like SDM, with the scalar projection onto the other modality as logit.
 
@@ -172,6 +203,9 @@ def cmpm_loss(
         target: "l2", as published: Q_i = y_i / |y_i|_2 for the 0/1 row y_i of same identities; "sum": y_i / sum y_i.
         eps: added to Q inside the logarithm, above 0.
         backend: see :func:`lcr2s_ext.ops.use_backend`.
+        group: ranks of which each holds rows of one larger batch, as many on each; the loss is that of the whole
+            batch, the same on all ranks, and gradients summed over the ranks are those of one process on the whole
+            batch. DistributedDataParallel averages: multiply the loss by the number of ranks there.
 
     Returns:
         () float32, or float64 for float64 features. A zero row has logits 0 and gradient 0; NaN in gives NaN out.
@@ -187,8 +221,9 @@ def cmpm_loss(
     image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     target = _checks.check_choice("target", target, ("l2", "sum"))
     eps = _checks.check_positive("eps", eps)
-    chosen = _backend.resolve("cmpm", backend, image.device)
+    chosen = _backend.resolve("cmpm", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
+    image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
     if chosen == "reference":
         return reference.cmpm_loss(image, text, image_ids, text_ids, target, eps)
     needs = _registration.needs_grad(image, text)
@@ -205,6 +240,7 @@ def tal_loss(
     margin: float = 0.1,
     tau: float = 0.015,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Triplet alignment loss: a hinge between the softly averaged positives and the log-sum-exp of all negatives.
 
@@ -220,6 +256,9 @@ def tal_loss(
         margin: finite.
         tau: temperature, above 0.
         backend: see :func:`lcr2s_ext.ops.use_backend`.
+        group: ranks of which each holds rows of one larger batch, as many on each; the loss is that of the whole
+            batch, the same on all ranks, and gradients summed over the ranks are those of one process on the whole
+            batch. DistributedDataParallel averages: multiply the loss by the number of ranks there.
 
     Returns:
         () float32, or float64 for float64 features. A zero row has cosine 0 and gradient 0; NaN in gives NaN out.
@@ -236,8 +275,9 @@ def tal_loss(
     image_ids, text_ids = _check_ids(image, text, image_ids, text_ids)
     margin = _check_finite("margin", margin)
     tau = _checks.check_positive("tau", tau)
-    chosen = _backend.resolve("tal", backend, image.device)
+    chosen = _backend.resolve("tal", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
+    image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
     if chosen == "reference":
         return reference.tal_loss(image, text, image_ids, text_ids, margin, tau)
     needs = _registration.needs_grad(image, text)
