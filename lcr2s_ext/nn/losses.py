@@ -1,7 +1,7 @@
 """Loss modules: thin, stateful wrappers around :mod:`lcr2s_ext.ops`.
 
-Alignment losses share one call, ``loss(image, text, image_ids, text_ids=None)``, so that a training script may
-exchange them.
+Alignment losses share one call, ``loss(image, text, image_ids, text_ids=None, *, group=None)``, so that a training
+script may exchange them. ``group`` makes a loss see the rows of all its ranks, see :func:`lcr2s_ext.ops.sdm_loss`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lcr2s_ext import ops
 
@@ -76,12 +77,20 @@ class InfoNCELoss(nn.Module):
         self.backend = backend
 
     def forward(
-        self, image: Tensor, text: Tensor, image_ids: Tensor | None = None, text_ids: Tensor | None = None
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        *,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
         """Scalar loss of ``(B, d)`` and ``(N, d)`` features, normalised inside; without ids B = N and the diagonal."""
         if not self.many_to_many:
             image_ids = text_ids = None
-        return ops.info_nce_loss(image, text, image_ids, text_ids, logit_scale=self.logit_scale(), backend=self.backend)
+        return ops.info_nce_loss(
+            image, text, image_ids, text_ids, logit_scale=self.logit_scale(), backend=self.backend, group=group
+        )
 
 
 class SDMLoss(nn.Module):
@@ -109,10 +118,25 @@ class SDMLoss(nn.Module):
         self.eps = eps
         self.backend = backend
 
-    def forward(self, image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_ids: Tensor,
+        text_ids: Tensor | None = None,
+        *,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
         """Scalar loss of ``(B, d)`` and ``(N, d)`` features with identities ``(B,)``, ``(N,)``."""
         return ops.sdm_loss(
-            image, text, image_ids, text_ids, logit_scale=self.logit_scale(), eps=self.eps, backend=self.backend
+            image,
+            text,
+            image_ids,
+            text_ids,
+            logit_scale=self.logit_scale(),
+            eps=self.eps,
+            backend=self.backend,
+            group=group,
         )
 
 
@@ -133,9 +157,19 @@ class CMPMLoss(nn.Module):
         self.eps = eps
         self.backend = backend
 
-    def forward(self, image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_ids: Tensor,
+        text_ids: Tensor | None = None,
+        *,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
         """Scalar loss of ``(B, d)`` and ``(N, d)`` features with identities ``(B,)``, ``(N,)``."""
-        return ops.cmpm_loss(image, text, image_ids, text_ids, target=self.target, eps=self.eps, backend=self.backend)
+        return ops.cmpm_loss(
+            image, text, image_ids, text_ids, target=self.target, eps=self.eps, backend=self.backend, group=group
+        )
 
 
 class TALLoss(nn.Module):
@@ -153,9 +187,19 @@ class TALLoss(nn.Module):
         self.tau = tau
         self.backend = backend
 
-    def forward(self, image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_ids: Tensor,
+        text_ids: Tensor | None = None,
+        *,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
         """Scalar loss of ``(B, d)`` and ``(N, d)`` features with identities ``(B,)``, ``(N,)``."""
-        return ops.tal_loss(image, text, image_ids, text_ids, margin=self.margin, tau=self.tau, backend=self.backend)
+        return ops.tal_loss(
+            image, text, image_ids, text_ids, margin=self.margin, tau=self.tau, backend=self.backend, group=group
+        )
 
 
 ALIGNMENT_LOSSES: tuple[str, ...] = ("sdm", "info_nce", "cmpm", "tal")
@@ -194,7 +238,13 @@ class RelationFrobeniusLoss(nn.Module):
         self.backend = backend
 
     def forward(
-        self, student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor
+        self,
+        student_image: Tensor,
+        student_text: Tensor,
+        teacher_image: Tensor,
+        teacher_text: Tensor,
+        *,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
         """Scalar loss of ``(B, d_s)``, ``(N, d_s)`` student and ``(B, d_t)``, ``(N, d_t)`` teacher features."""
         return ops.relation_frobenius_loss(
@@ -204,6 +254,7 @@ class RelationFrobeniusLoss(nn.Module):
             teacher_text,
             reduction=self.reduction,
             backend=self.backend,
+            group=group,
         )
 
 
@@ -226,7 +277,13 @@ class RelationKLLoss(nn.Module):
         self.backend = backend
 
     def forward(
-        self, student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor
+        self,
+        student_image: Tensor,
+        student_text: Tensor,
+        teacher_image: Tensor,
+        teacher_text: Tensor,
+        *,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
         """Scalar loss of ``(B, d_s)``, ``(N, d_s)`` student and ``(B, d_t)``, ``(N, d_t)`` teacher features."""
         return ops.relation_kl_loss(
@@ -237,6 +294,7 @@ class RelationKLLoss(nn.Module):
             student_scale=self.student_scale,
             teacher_scale=self.teacher_scale,
             backend=self.backend,
+            group=group,
         )
 
 
@@ -279,7 +337,13 @@ class FeatureDistillationLoss(nn.Module):
         self.text_map = nn.Linear(student_width, teacher_width) if needed else nn.Identity()
 
     def forward(
-        self, student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor
+        self,
+        student_image: Tensor,
+        student_text: Tensor,
+        teacher_image: Tensor,
+        teacher_text: Tensor,
+        *,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
         """Scalar loss of ``(B, d_s)`` student and ``(B, d_t)`` teacher features of the same rows."""
         return self._one(self.image_map(student_image), teacher_image.detach(), "teacher_image") + self._one(
