@@ -55,8 +55,9 @@
 //
 // Nothing here has been timed. By design: TileWgmma keeps three chunks of 32 KiB (four of 24 KiB for kCols = 64) in
 // flight and leaves room for two blocks a multiprocessor, whose products hide each other's epilogues; TileMma and
-// TileSimt have two stages, which fits the 99 KiB of the smallest supported architecture. In double take kCols = 64:
-// two products at once spill with 128, and unrolled epilogues take seconds to compile (keep exp out of line there).
+// TileSimt have two stages, which fits the 99 KiB of the smallest supported architecture. Two blocks have 128 registers
+// a thread: enough for a product, reductions and one tile a block; a block that loops over tiles and reduces wants
+// more. In double take kCols = 64: two products at once spill with 128, and unrolled epilogues take seconds to compile.
 namespace lcr2s::cuda {
 
 // Whether a launch on a device of this capability takes TileWgmma. Its kernels are empty unless built for sm_90a.

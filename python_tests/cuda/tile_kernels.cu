@@ -55,9 +55,10 @@ struct Statistics {
 };
 
 // Of every tile of A B^T, by row and by column: the maximum, the sum of e^(c - maximum), the sum of c (column + 1) or
-// of c (row + 1); columns and rows count in the tile. Elements outside the matrix are left out.
+// of c (row + 1); columns and rows count in the tile. Elements outside the matrix are left out. One block a row of
+// tiles.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::Value) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(Tile::kThreads)
     statistics_kernel(Panels a, Panels b, Statistics<typename Tile::Value>* rows,
                       Statistics<typename Tile::Value>* columns) {
   if constexpr (Tile::kAvailable) {
@@ -66,10 +67,7 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::Value) =
     char* shared = dynamic_shared();
     Tile tile(shared);
     typename Tile::Accumulator c;
-    const int64_t column_tiles = ceil_div(b.rows, Tile::kCols);
-    const int64_t row_tile = blockIdx.x / column_tiles, column_tile = blockIdx.x % column_tiles;
-    tile.multiply(c, a, row_tile, b, column_tile);
-    const int64_t row_end = a.rows - row_tile * Tile::kRows, col_end = b.rows - column_tile * Tile::kCols;
+    const int64_t row_tile = blockIdx.x, row_end = a.rows - row_tile * Tile::kRows;
     constexpr Value low = -1e30f;
     const auto merge = [](State& into, const State& from) {
       const Value top = into.maximum > from.maximum ? into.maximum : from.maximum;
@@ -77,44 +75,48 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::Value) =
       into.weighted += from.weighted;
       into.maximum = top;
     };
-    Tile::template reduce_rows<State>(
-        shared,
-        [&](int r) {
-          State state{low, 0, 0};
+    for (int64_t column_tile = 0; column_tile < ceil_div(b.rows, Tile::kCols); ++column_tile) {
+      const int64_t col_end = b.rows - column_tile * Tile::kCols;
+      tile.multiply(c, a, row_tile, b, column_tile);
+      Tile::template reduce_rows<State>(
+          shared,
+          [&](int r) {
+            State state{low, 0, 0};
 #pragma unroll
-          for (int j = 0; j < Tile::kThreadCols; ++j)
-            if (Tile::col(j) < col_end && c.at(r, j) > state.maximum) state.maximum = c.at(r, j);
+            for (int j = 0; j < Tile::kThreadCols; ++j)
+              if (Tile::col(j) < col_end && c.at(r, j) > state.maximum) state.maximum = c.at(r, j);
 #pragma unroll
-          for (int j = 0; j < Tile::kThreadCols; ++j) {
-            if (Tile::col(j) >= col_end) continue;
-            state.sum += exp(c.at(r, j) - state.maximum);
-            state.weighted += c.at(r, j) * static_cast<Value>(Tile::col(j) + 1);
-          }
-          return state;
-        },
-        merge,
-        [&](int row, const State& state) {
-          if (row < row_end) rows[column_tile * a.rows + row_tile * Tile::kRows + row] = state;
-        });
-    Tile::template reduce_cols<State>(
-        shared,
-        [&](int j) {
-          State state{low, 0, 0};
+            for (int j = 0; j < Tile::kThreadCols; ++j) {
+              if (Tile::col(j) >= col_end) continue;
+              state.sum += exp(c.at(r, j) - state.maximum);
+              state.weighted += c.at(r, j) * static_cast<Value>(Tile::col(j) + 1);
+            }
+            return state;
+          },
+          merge,
+          [&](int row, const State& state) {
+            if (row < row_end) rows[column_tile * a.rows + row_tile * Tile::kRows + row] = state;
+          });
+      Tile::template reduce_cols<State>(
+          shared,
+          [&](int j) {
+            State state{low, 0, 0};
 #pragma unroll
-          for (int r = 0; r < Tile::kThreadRows; ++r)
-            if (Tile::row(r) < row_end && c.at(r, j) > state.maximum) state.maximum = c.at(r, j);
+            for (int r = 0; r < Tile::kThreadRows; ++r)
+              if (Tile::row(r) < row_end && c.at(r, j) > state.maximum) state.maximum = c.at(r, j);
 #pragma unroll
-          for (int r = 0; r < Tile::kThreadRows; ++r) {
-            if (Tile::row(r) >= row_end) continue;
-            state.sum += exp(c.at(r, j) - state.maximum);
-            state.weighted += c.at(r, j) * static_cast<Value>(Tile::row(r) + 1);
-          }
-          return state;
-        },
-        merge,
-        [&](int col, const State& state) {
-          if (col < col_end) columns[row_tile * b.rows + column_tile * Tile::kCols + col] = state;
-        });
+            for (int r = 0; r < Tile::kThreadRows; ++r) {
+              if (Tile::row(r) >= row_end) continue;
+              state.sum += exp(c.at(r, j) - state.maximum);
+              state.weighted += c.at(r, j) * static_cast<Value>(Tile::row(r) + 1);
+            }
+            return state;
+          },
+          merge,
+          [&](int col, const State& state) {
+            if (col < col_end) columns[row_tile * b.rows + column_tile * Tile::kCols + col] = state;
+          });
+    }
   }
 }
 
@@ -166,7 +168,7 @@ const char* run_product(const Operands& x) {
 template <class Tile>
 const char* run_nt(int task, const Operands& x) {
   using Value = typename Tile::Value;
-  const int64_t rows = ceil_div(x.a.rows, Tile::kRows), columns = ceil_div(x.b.rows, Tile::kCols);
+  const int64_t rows = ceil_div(x.a.rows, Tile::kRows);
   const int64_t padded = ceil_div(x.b.rows, kPanelRows) * (kPanelRows / Tile::kCols);
   constexpr int kThreads = Tile::kThreads, kBytes = Tile::kSharedBytes;
   switch (task) {
@@ -179,7 +181,7 @@ const char* run_nt(int task, const Operands& x) {
         return launch(dual_kernel<Tile>, rows, kThreads, kBytes, nullptr, x.a, x.b, x.c, x.d,
                       static_cast<Value*>(x.out));
     case statistics:
-      return launch(statistics_kernel<Tile>, rows * columns, kThreads, kBytes, nullptr, x.a, x.b,
+      return launch(statistics_kernel<Tile>, rows, kThreads, kBytes, nullptr, x.a, x.b,
                     static_cast<Statistics<Value>*>(x.out), static_cast<Statistics<Value>*>(x.more));
     case repack:
       return launch(repack_kernel<Tile>, rows * padded, kThreads, kBytes, nullptr, x.a, x.b, x.c, x.d);
