@@ -51,8 +51,9 @@ sanitize: build
 # The CUDA kernels on the host (docs/emulator.md): the operators' tests with every CPU tensor going through the CUDA side, in
 # two orders of threads and with the paths of two generations of GPUs.
 EMULATED := build/emulated
-EMULATE_TESTS ?= python_tests/ops/test_support_attention.py
-EMULATE_FILTER ?=
+EMULATE_TESTS ?= $(patsubst %,python_tests/ops/test_%.py,support_attention similarity relation retrieval)
+# What the kernels have no part in is left out.
+EMULATE_FILTER ?= not triton and not reference and not opcheck and not compile
 EMULATE_RUNS ?= forward-90 reverse-80
 emulate: $(STAMP)
 	@mkdir -p build
@@ -61,7 +62,7 @@ emulate: $(STAMP)
 	for run in $(EMULATE_RUNS); do \
 	  LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-lib/lcr2s_ext/liblcr2s.so \
 	  LCR2S_EMULATE_ORDER=$${run%-*} LCR2S_EMULATE_CAPABILITY=$${run#*-} \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider -k "$(EMULATE_FILTER)" $(EMULATE_TESTS) || exit 1; \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 -k "$(EMULATE_FILTER)" $(EMULATE_TESTS) || exit 1; \
 	done
 	LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-lib/lcr2s_ext/liblcr2s.so $(BIN)/python python_tests/cuda/orders.py
 
