@@ -16,14 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcr2s_ext import _checks
 from lcr2s_ext.triton import _tiles
 from lcr2s_ext.triton._launch import operator, wrap_triton
-from lcr2s_ext.triton._tiles import SlabProducts
+from lcr2s_ext.triton._tiles import TILE, SlabProducts
 from lcr2s_ext.triton.similarity import (
     BY_SCALE,
     LN2,
     LOG2E,
     LOG_SUM,
+    check_features,
+    check_scale,
+    check_workspace,
     is_shifted,
     launch_statistics,
     merge_columns,
@@ -242,6 +246,16 @@ def relation_kl(
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and gradients of :func:`lcr2s_ext.ops.relation_kl_loss`, as torch.ops.lcr2s.relation_kl."""
+    check_features(
+        student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text
+    )
+    _checks.check_size("student_text", student_text, 1, student_image.shape[1], "width of `student_image`")
+    _checks.check_size("teacher_text", teacher_text, 1, teacher_image.shape[1], "width of `teacher_image`")
+    _checks.check_size("teacher_image", teacher_image, 0, student_image.shape[0], "rows of `student_image`")
+    _checks.check_size("teacher_text", teacher_text, 0, student_text.shape[0], "rows of `student_text`")
+    check_scale("student_scale", student_scale, student_image)
+    check_scale("teacher_scale", teacher_scale, student_image)
+    check_workspace(workspace_bytes)
     dtype, teacher_dtype = packed_dtype(student_image, student_text), packed_dtype(teacher_image, teacher_text)
     image, text = _tiles.pack_rows(student_image, dtype), _tiles.pack_rows(student_text, dtype)
     soft_image, soft_text = (_tiles.pack_rows(side, teacher_dtype) for side in (teacher_image, teacher_text))
@@ -316,7 +330,10 @@ def relation_kl(
     # |dL/dx| is at most 1 / B + 1 / N.
     largest = 1 / image.rows + 1 / text.rows
     slab_scale = 2.0 ** (14 - math.floor(math.log2(largest))) if dtype == torch.float16 else 1.0
-    tile = teacher_shape if dtype != torch.float32 else shape
+    tile = shape if dtype == torch.float32 else teacher_shape
+    if tile.columns == TILE:
+        # Two products at a time.
+        tile = tile._replace(columns=TILE // 2)
     totals = empty(3, dtype=torch.float64).zero_()
     for block in blocks:
         row_tiles, column_tiles = block.rows // tile.rows, block.columns // tile.columns
@@ -359,9 +376,10 @@ def relation_kl(
         totals.add_(sums.sum(1, dtype=torch.float64))
         if store:
             products.add(slab_tensor, block)
-    for side, gradient in ((image, products.image), (text, products.text)):
-        if gradient is not None:
-            _tiles.project(gradient, side, student_scale, slab_scale)
+    if products.image is not None:
+        _tiles.project(products.image, image, student_scale, slab_scale)
+    if products.text is not None:
+        _tiles.project(products.text, text, student_scale, slab_scale)
     return (
         (totals[0] / image.rows + totals[1] / text.rows).to(torch.float32),
         empty(0) if products.image is None else products.image,

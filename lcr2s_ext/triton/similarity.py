@@ -7,6 +7,7 @@ gradient kernel forms the tiles again, or reads them where they were kept, and w
 workspace; what remains are two matrix products and the derivative of the normalisation.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcr2s_ext import _checks
 from lcr2s_ext.triton import _tiles
 from lcr2s_ext.triton._launch import operator, wrap_triton
 from lcr2s_ext.triton._tiles import TILE, PackedRows, SlabProducts, TileShape
@@ -64,15 +66,23 @@ def store_parts(
     sum of e. e is exp2(x - maximum), or follows from `shared`, exp2(x): see :func:`is_shifted`.
     """
     at = out + index
-    top = tl.max(tl.where(positive, x, LOWEST) if KIND == TRIPLET else x, AXIS)
-    other_top = tl.max(tl.where(positive, LOWEST, x), AXIS) if KIND == TRIPLET else top
-    if KIND == TRIPLET:
-        below = x - tl.where(positive, tl.expand_dims(top, AXIS), tl.expand_dims(other_top, AXIS))
+    if SHIFT == NEVER:
+        # Any common shift of the parts will do for a maximum, and 0 costs nothing.
+        top = tl.zeros_like(index).to(tl.float32)
+        other_top = top
+    elif KIND == TRIPLET:
+        top = tl.max(tl.where(positive, x, LOWEST), AXIS)
+        other_top = tl.max(tl.where(positive, LOWEST, x), AXIS)
     else:
-        below = x - tl.expand_dims(top, AXIS)
+        top = tl.max(x, AXIS)
+        other_top = top
+    below = x - tl.expand_dims(top, AXIS)
     e = shared
     if SHIFT == ALWAYS:
-        e = tl.exp2(below)
+        if KIND == TRIPLET:
+            e = tl.exp2(tl.where(positive, below, x - tl.expand_dims(other_top, AXIS)))
+        else:
+            e = tl.exp2(below)
     elif SHIFT == BY_SCALE:
         if shifted:
             e = tl.exp2(below)
@@ -128,7 +138,7 @@ def is_shifted(factor, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def statistics_kernel(
+def similarity_statistics_kernel(
     image,
     image_scalars,
     image_ids,
@@ -300,7 +310,7 @@ def store_merged(
 
 
 @triton.jit
-def merge_kernel(
+def similarity_merge_kernel(
     parts,
     stride,
     first,
@@ -322,7 +332,7 @@ def merge_kernel(
 
 
 @triton.jit
-def finish_kernel(
+def similarity_finish_kernel(
     parts,
     stride,
     first,
@@ -418,7 +428,7 @@ def sum_totals(totals, stride, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def loss_kernel(
+def similarity_loss_kernel(
     totals,
     row_programs,
     programs,
@@ -491,7 +501,7 @@ def logit_gradient(
 
 
 @triton.jit
-def gradient_kernel(
+def similarity_gradient_kernel(
     image,
     image_scalars,
     image_ids,
@@ -655,7 +665,7 @@ def launch_statistics(
     """Statistics of the packed rows [begin, begin + count)."""
     row_tiles, column_tiles = count // shape.rows, text.data.shape[0] // shape.columns
     anything = image.scalars
-    wrap_triton(statistics_kernel)[(row_tiles * column_tiles,)](
+    wrap_triton(similarity_statistics_kernel)[(row_tiles * column_tiles,)](
         image.data,
         image.scalars,
         anything if ids is None else ids[0],
@@ -687,7 +697,7 @@ def launch_statistics(
 
 def merge_columns(kind: int, parts: Tensor, first: int, count: int, columns: int) -> None:
     """Merge the parts [first, count) of all columns into part 0."""
-    wrap_triton(merge_kernel)[(triton.cdiv(columns, _MERGE_ROWS),)](
+    wrap_triton(similarity_merge_kernel)[(triton.cdiv(columns, _MERGE_ROWS),)](
         parts,
         parts.shape[2],
         first,
@@ -701,7 +711,49 @@ def merge_columns(kind: int, parts: Tensor, first: int, count: int, columns: int
     )
 
 
+def check_scale(name: str, scale: Tensor, like: Tensor) -> None:
+    """Check a () factor of the logits, of any dtype that the kernels can have as float32."""
+    _checks.check_tensor(name, scale, "()")
+    if scale.device != like.device:
+        raise ValueError(f"`{name}` must be on the device of the features ({like.device}), got {scale.device}")
+
+
+def check_features(**features: Tensor) -> None:
+    """Check what a direct call could get wrong about features: the dtypes that these kernels have, sizes, devices."""
+    like = next(iter(features.values()))
+    for name, value in features.items():
+        _checks.check_tensor(name, value, "(B, d)", (torch.float32, torch.bfloat16, torch.float16))
+        _checks.check_nonempty(name, value)
+        _checks.check_like(name, value, next(iter(features)), like, dtype=False)
+
+
+def check_workspace(workspace_bytes: int) -> None:
+    """Check the budget of a direct call."""
+    if workspace_bytes < 0:
+        raise ValueError(f"`workspace_bytes` must not be negative, got {workspace_bytes}")
+
+
+def _check(call: _Call) -> None:
+    check_features(image=call.image, text=call.text)
+    check_workspace(call.workspace_bytes)
+    _checks.check_size("text", call.text, 1, call.image.shape[1], "width of `image`")
+    if call.image_ids is not None and call.text_ids is not None:
+        _checks.check_ids("image_ids", call.image_ids, call.image.shape[0], "image", call.image)
+        _checks.check_ids("text_ids", call.text_ids, call.text.shape[0], "text", call.text)
+    elif call.image_ids is not None or call.text_ids is not None:
+        raise ValueError("`image_ids` and `text_ids` must be given together")
+    else:
+        _checks.check_size("text", call.text, 0, call.image.shape[0], "rows of `image`")
+    if call.scale is not None:
+        check_scale("logit_scale", call.scale, call.image)
+    _checks.check_positive("eps", call.eps)
+    _checks.check_positive("tau", call.tau)
+    if not math.isfinite(call.margin):
+        raise ValueError(f"`margin` must be finite, got {call.margin}")
+
+
 def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(call)
     kind, fields = call.kind, _FIELDS[call.kind]
     dtype = packed_dtype(call.image, call.text)
     image, text = _tiles.pack_rows(call.image, dtype), _tiles.pack_rows(call.text, dtype)
@@ -729,7 +781,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     def finish(side: PackedRows, parts: Tensor, first: int, count: int, begin: int, size: int) -> None:
         of_text = side is text
-        wrap_triton(finish_kernel)[(size // _MERGE_ROWS,)](
+        wrap_triton(similarity_finish_kernel)[(size // _MERGE_ROWS,)](
             parts,
             parts.shape[2],
             first,
@@ -767,7 +819,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         else:
             finish(text, column_parts, first, parts, 0, columns)
     loss, weights = empty(), empty(3)
-    wrap_triton(loss_kernel)[(1,)](
+    wrap_triton(similarity_loss_kernel)[(1,)](
         totals, row_programs, programs, image.rows, text.rows, loss, weights, KIND=kind, BLOCK=1024, num_warps=4
     )
     if not need_gradient:
@@ -784,7 +836,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row_tiles, column_tiles = block.rows // shape.rows, block.columns // shape.columns
         row_sums = empty(column_tiles, block.rows) if by_norm else empty(row_tiles * column_tiles)
         column_sums = empty(row_tiles, block.columns) if by_norm else row_sums
-        wrap_triton(gradient_kernel)[(row_tiles * column_tiles,)](
+        wrap_triton(similarity_gradient_kernel)[(row_tiles * column_tiles,)](
             image.data,
             image.scalars,
             image.scalars if ids is None else ids[0],
