@@ -37,19 +37,18 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>)
     using T = ArithmeticOf<Tile>;
     Tile tile(dynamic_shared());
     const TileMemory<T> memory(dynamic_shared(), true);
-    const int64_t strips_across = call.image.strips;
-    const int64_t strip_row = blockIdx.x / strips_across, strip_column = blockIdx.x % strips_across;
-    const int64_t first_row = strip_row * call.strip, first_column = strip_column * call.strip;
-    const int64_t end_row = first_row + call.strip < call.image.tiles ? first_row + call.strip : call.image.tiles;
-    const int64_t end_column =
-        first_column + call.strip < call.text.tiles ? first_column + call.strip : call.text.tiles;
-    for (int64_t i = first_row; i < end_row; ++i) {
-      for (int64_t j = first_column; j < end_column; ++j) {
-        form_tile(tile, call, i, j, memory);
-        tile_statistics(call, i, j, j == first_column, i == first_row, strip_column, strip_row, memory);
-        if (call.kept != nullptr) keep_tile(call, i, j, memory);
-        __syncthreads();
-      }
+    const int strip = static_cast<int>(call.strip);
+#pragma unroll 1
+    for (int step = 0; step < strip * strip; ++step) {
+      // Worked out anew for every tile: a product leaves no registers for what could be kept.
+      const int block = opaque(static_cast<int>(blockIdx.x)), across = static_cast<int>(call.image.strips);
+      const int strip_row = block / across, strip_column = block % across;
+      const int i = strip_row * strip + step / strip, j = strip_column * strip + step % strip;
+      if (i >= call.image.tiles || j >= call.text.tiles) continue;
+      form_tile(tile, call, i, j, memory);
+      tile_statistics(call, i, j, step % strip == 0, step < strip, strip_column, strip_row, memory);
+      if (call.kept != nullptr) keep_tile(call, i, j, memory);
+      __syncthreads();
     }
   }
 }
@@ -178,12 +177,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const SimilarityRows<T>& side = first ? call.image : call.text;
     const SimilarityRows<T>& other = first ? call.text : call.image;
     const int64_t at = first ? task : task - of_image;
-    const int64_t row = at / across * kTileRows, column = at % across * Tile::kCols;
-    const int64_t width = side.features.width;
-    typename Tile::Accumulator c;
-    tile.multiply_nn(c, side.gradient_panels, at / across, other.panels, at % across);
-    Tile::template store_rows<T>(c, side.gradient + row * width + column, width, side.rows - row, width - column);
-    __syncthreads();
+    product_tile(tile, side, other.panels, at / across, at % across, memory);
   }
   grid_barrier(call.barrier);
   finish_rows_apart(call, scalars);

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "element.h"
+#include "similarity_plan.h"
 
 // What the similarity losses compute for one row of cosines, for the host too, where it is tested. Row logits are a c
 // with a >= 0: a negative logit scale changes the sign of the cosines instead, so that the largest logit always belongs
@@ -20,17 +20,9 @@
 // the same for rows and columns.
 namespace lcr2s::cuda {
 
-enum class SimilarityLoss { info_nce, sdm, cmpm, tal };
-
 // Below every cosine, but not so far that its square leaves the range.
 template <class T>
 constexpr T kBelowAll = T(-4);
-
-constexpr int kMaximaMost = 2;
-constexpr int kSumsMost = 5;
-constexpr int kCoefficients = 4;
-// Maxima, sums and the number of positives, in this order.
-constexpr int kStatistics = kMaximaMost + kSumsMost + 1;
 
 LCR2S_HOST_DEVICE float exponential_of(float x) { return expf(x); }
 LCR2S_HOST_DEVICE double exponential_of(double x) { return exp(x); }
@@ -201,6 +193,7 @@ struct RowState {
   }
 
   // Field f at p[f * stride].
+  static_assert(Policy::kMaxima + Policy::kSums + 1 <= kStatistics);
   LCR2S_HOST_DEVICE void load(const T* p, int64_t stride) {
     for (int g = 0; g < Policy::kMaxima; ++g) maxima[g] = p[g * stride];
     for (int f = 0; f < Policy::kSums; ++f) sums[f] = p[(Policy::kMaxima + f) * stride];

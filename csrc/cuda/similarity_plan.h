@@ -3,10 +3,15 @@
 #include <cstdint>
 
 #include "panel.h"
-#include "similarity_math.h"
 
 // Sizes and choices of the similarity losses, apart from anything that launches.
 namespace lcr2s::cuda {
+
+enum class SimilarityLoss { info_nce, sdm, cmpm, tal };
+
+// Numbers a row at most: statistics (maxima, sums, positives) and coefficients of the gradient (similarity_math.h).
+constexpr int kStatistics = 7;
+constexpr int kCoefficients = 4;
 
 enum class SimilarityPath {
   // One cooperative launch, each block with one tile of cosines; the products of the gradients in the kernel.

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "loss_common.h"
-#include "similarity_plan.h"
+#include "similarity_math.h"
 #include "tile.h"
 
 // The device side of the similarity losses, pass by pass. Each pass is a function of one block, called by a kernel of
@@ -124,6 +124,15 @@ __device__ __forceinline__ void with_policy(SimilarityLoss kind, const F& f) {
   }
 }
 
+// The same number, but not known to be: what follows from it is not computed ahead of a loop, where it would take the
+// registers of a tile product.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- Pass 0: operands, norms, identities; one warp a row ----
@@ -194,7 +203,7 @@ __device__ void pack_rows(const SimilarityCall<T>& call) {
 // Factors, identities and logit scales of the tile's rows and columns.
 template <class T>
 __device__ void load_sides(const SimilarityCall<T>& call, int64_t i, int64_t j, const TileMemory<T>& memory) {
-  const int t = static_cast<int>(threadIdx.x);
+  const int t = opaque(static_cast<int>(threadIdx.x));
   const bool is_text = t >= kTileRows;
   if (is_text && t - kTileRows >= TileMemory<T>::kCols) return;
   const SimilarityRows<T>& side = is_text ? call.text : call.image;
@@ -204,12 +213,9 @@ __device__ void load_sides(const SimilarityCall<T>& call, int64_t i, int64_t j, 
   memory.scale[t] = side.scale[at];
 }
 
-// Products of scaled rows, into shared memory; what belongs to their rows and columns too.
+// A tile's elements into shared memory.
 template <class Tile, class T>
-__device__ __forceinline__ void form_tile(Tile& tile, const SimilarityCall<T>& call, int64_t i, int64_t j,
-                                          const TileMemory<T>& memory) {
-  typename Tile::Accumulator c;
-  tile.multiply(c, call.image.panels, i, call.text.panels, j);
+__device__ __forceinline__ void stage_tile(const typename Tile::Accumulator& c, const TileMemory<T>& memory) {
 #pragma unroll
   for (int r = 0; r < Tile::kThreadRows; ++r) {
 #pragma unroll
@@ -223,6 +229,16 @@ __device__ __forceinline__ void form_tile(Tile& tile, const SimilarityCall<T>& c
       }
     }
   }
+}
+
+// Products of scaled rows, and what belongs to the tile's rows and columns.
+template <class Tile, class T>
+__device__ __forceinline__ void form_tile(Tile& tile, const SimilarityCall<T>& call, int64_t i, int64_t j,
+                                          const TileMemory<T>& memory) {
+  // Set, so that ptxas does not take what the last tile left for something that is still wanted.
+  typename Tile::Accumulator c{};
+  tile.multiply(c, call.image.panels, i, call.text.panels, j);
+  stage_tile<Tile>(c, memory);
   load_sides(call, i, j, memory);
   __syncthreads();
 }
@@ -289,8 +305,9 @@ __device__ __forceinline__ void tile_statistics(const SimilarityCall<T>& call, i
   const int64_t row0 = i * kTileRows, column0 = j * kCols;
   const int rows = static_cast<int>(smaller(call.image.rows - row0, kTileRows));
   const int columns = static_cast<int>(smaller(call.text.rows - column0, kCols));
-  const bool is_column = threadIdx.x >= kTileRows;
-  const int line = static_cast<int>(threadIdx.x) - (is_column ? kTileRows : 0);
+  const int thread = opaque(static_cast<int>(threadIdx.x));
+  const bool is_column = thread >= kTileRows;
+  const int line = thread - (is_column ? kTileRows : 0);
   if (line >= (is_column ? columns : rows)) return;
   const SimilarityRows<T>& side = is_column ? call.text : call.image;
   T* place = side.statistics + (is_column ? column_strip : row_strip) * kStatistics * side.padded +
@@ -543,6 +560,24 @@ __device__ void gradient_to_panels(const SimilarityCall<T>& call, int64_t i, int
       write(call.text.gradient_panels, j * kCols + column, i * kTileRows + row, memory.tile + row * kStride + column,
             kStride);
     }
+}
+
+// A tile of a product with dL/dc, its columns counted in the engine's, into `out`.
+template <class Tile, class T>
+__device__ __forceinline__ void product_tile(Tile& tile, const SimilarityRows<T>& side, const Panels& other,
+                                             int64_t row_tile, int64_t column_tile, const TileMemory<T>& memory) {
+  typename Tile::Accumulator c;
+  tile.multiply_nn(c, side.gradient_panels, row_tile, other, column_tile);
+  stage_tile<Tile>(c, memory);
+  __syncthreads();
+  const int64_t width = side.features.width, row0 = row_tile * kTileRows, column0 = column_tile * Tile::kCols;
+  const int rows = static_cast<int>(smaller(side.rows - row0, kTileRows));
+  const int columns = static_cast<int>(smaller(width - column0, Tile::kCols));
+  T* out = side.gradient + row0 * width + column0;
+  for (int row = warp_index(); row < rows; row += kTileThreads / kWarp)
+    for (int column = lane_index(); column < columns; column += kWarp)
+      out[row * width + column] = memory.tile[row * TileMemory<T>::kStride + column];
+  __syncthreads();
 }
 
 // ---- From products with dL/dc to gradients, in place; one warp a row ----
