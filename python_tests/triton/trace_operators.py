@@ -19,7 +19,7 @@ from lcr2s_ext.ops import _registration
 from lcr2s_ext.triton import MODULES
 
 
-def trace(call: Callable[..., torch.Tensor], arguments: tuple[Any, ...], dynamic: bool) -> list[list[str]]:
+def trace(call: Callable[..., torch.Tensor], arguments: tuple[Any, ...]) -> list[list[str]]:
     """The calls in the graph of the forward, and in that of the backward if there is one."""
     graphs: list[list[str]] = []
 
@@ -29,7 +29,7 @@ def trace(call: Callable[..., torch.Tensor], arguments: tuple[Any, ...], dynamic
 
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    out = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=backend)(*arguments)
+    out = torch.compile(call, fullgraph=True, dynamic=True, backend=backend)(*arguments)
     if out.requires_grad:
         out.sum().backward()
     return graphs
@@ -40,13 +40,12 @@ def main() -> None:
     for op, module in MODULES.items():
         _registration._load_triton(module)
         operator = getattr(torch.ops.lcr2s_triton, op)
-        for dynamic in (False, True):
-            arguments = next(case for case in CASES if case.op == op).arguments()
-            if module != "retrieval":
-                for features in arguments[:2]:
-                    features.requires_grad_()
-            forward, *backward = trace(lambda *a, operator=operator: operator(*a)[0], arguments, dynamic)
-            print(json.dumps({"op": op, "dynamic": dynamic, "forward": forward, "backward": backward}), flush=True)
+        arguments = next(case for case in CASES if case.op == op).arguments()
+        if module != "retrieval":
+            for features in arguments[:2]:
+                features.requires_grad_()
+        forward, *backward = trace(lambda *a, operator=operator: operator(*a)[0], arguments)
+        print(json.dumps({"op": op, "forward": forward, "backward": backward}), flush=True)
 
 
 if __name__ == "__main__":
