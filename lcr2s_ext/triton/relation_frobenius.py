@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr2s_ext.ops import _checks
+from lcr2s_ext import _checks
 from lcr2s_ext.triton import INTERPRETED
 from lcr2s_ext.triton._launch import operator, wrap_triton
 from lcr2s_ext.triton._tiles import product

@@ -16,6 +16,7 @@ from torch import Tensor
 from lcr2s_ext import _checks
 from lcr2s_ext.triton import INTERPRETED
 from lcr2s_ext.triton._launch import input_precision, operator, wrap_triton
+from lcr2s_ext.triton._tiles import split_columns
 
 _LAST = 0x7FFFFFFF
 """2^31 - 1. Keys hold a gallery row or tile as what is left to it: among equal scores the lower has the larger key."""
@@ -240,9 +241,7 @@ def retrieval_metrics_positives_kernel(
     slot = (tl.load(ends + at, mask=valid, other=0) - base).to(tl.int32) - count
     # Queries come in the order of their ranges, so that a tile's are close together.
     begin = tl.min(tl.where(count > 0, start, rows))
-    latest = tl.max(tl.where(count > 0, start, 0))
     end = tl.max(tl.where(count > 0, start + count, 0))
-    most = tl.max(count)
     for low in range(begin, end, TILE):
         if tl.max(((count > 0) & (start < low + TILE) & (start + count > low)).to(tl.int32)) > 0:
             place = low + tl.arange(0, TILE)
@@ -260,12 +259,12 @@ def retrieval_metrics_positives_kernel(
                 DEPTH,
                 PRECISION,
             )
-            # One of each query's positives at a time: addresses for the whole tile would not fit the registers.
-            for positive in range(tl.maximum(low - latest, 0), tl.minimum(most, low + TILE - begin)):
-                column = start + positive - low
-                own = (positive < count) & (column >= 0) & (column < TILE)
-                of_column = tl.sum(tl.where(tl.arange(0, TILE)[None, :] == column[:, None], score, 0.0), 1)
-                tl.store(scores + slot + positive, of_column, mask=own)
+            # In pieces: addresses for the whole tile would not fit the registers.
+            pieces = split_columns(score, TILE, TILE, 4)
+            for i in tl.static_range(4):
+                column = low + i * (TILE // 4) + tl.arange(0, TILE // 4)
+                own = (column[None, :] >= start[:, None]) & (column[None, :] < (start + count)[:, None])
+                tl.store(scores + ((slot - start)[:, None] + column[None, :]), pieces[i], mask=own)
 
 
 @triton.jit
@@ -587,8 +586,9 @@ def retrieval_metrics(
         spans = (starts, counts, ends, base, order, ranking.size)
         sides = (*ranking.query_arguments, *ranking.gallery_arguments, width)
         if size > 0:
+            # Fewer stages leave registers for the addresses; the bits of a product do not depend on them.
             wrap_triton(retrieval_metrics_positives_kernel)[(query_tiles,)](
-                *sides, *part, *spans, scores, **ranking.options
+                *sides, *part, *spans, scores, **{**ranking.options, "num_stages": 2}
             )
             wrap_triton(retrieval_metrics_count_kernel)[(query_tiles * tiles,)](
                 *sides, *part, *spans, scores, above, **ranking.options
@@ -597,7 +597,7 @@ def retrieval_metrics(
         # Each query's ranks in ascending order; a rank is at most P.
         owner *= ranking.size + 1
         ranks = (owner + above + 1).sort().values - owner
-        wrap_triton(retrieval_metrics_finish_kernel)[(query_tiles,)](
+        wrap_triton(retrieval_metrics_finish_kernel)[(triton.cdiv(last - first, 32),)](
             *part,
             counts,
             ends,
@@ -607,7 +607,7 @@ def retrieval_metrics(
             last_rank,
             average_precision,
             trapezoid,
-            QUERIES=128,
+            QUERIES=32,
             POSITIVES=16,
         )
         first, base = last, int(host_ends[last - 1])

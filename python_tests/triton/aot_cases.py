@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcr2s_ext.triton import retrieval
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,6 +44,35 @@ def attention_backward(*shape: Any) -> tuple[Any, ...]:
     return query, query, key, value, probs, *rest, True, True, True
 
 
+def absent_numbers(numbers: Tensor) -> Tensor:
+    """What a ranking on the meta device reads on the host: finite queries, a gallery to rescale, two positives each."""
+    return torch.cat([torch.tensor([0, 1]), 2 * torch.arange(1, numbers.numel() - 1)])
+
+
+def ranking(dtype: torch.dtype, queries: int, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    retrieval.on_host = absent_numbers
+    return meta(queries, width, dtype=dtype), meta(rows, width, dtype=dtype)
+
+
+def topk(*shape: Any) -> tuple[Any, ...]:
+    return *ranking(*shape), 10, 1 << 28
+
+
+def metrics(*shape: Any) -> tuple[Any, ...]:
+    query, gallery = ranking(*shape)
+    ids = (meta(tensor.shape[0], dtype=torch.int64) for tensor in (query, gallery))
+    return query, gallery, *ids, 1 << 28
+
+
+def frobenius(dtype: torch.dtype, rows: int, width: int, teacher_width: int) -> tuple[Any, ...]:
+    student, teacher = ([meta(rows, w, dtype=dtype) for _ in range(2)] for w in (width, teacher_width))
+    return *student, *teacher, 2, 1 << 28, True, True
+
+
+TOPK_TILES = frozenset({"topk_similarity_maxima_kernel", "topk_similarity_rescore_kernel"})
+METRICS_TILES = frozenset({"retrieval_metrics_positives_kernel", "retrieval_metrics_count_kernel"})
+HALVES = (torch.bfloat16, torch.float16)
+
 CASES = [
     Case(op, lambda make=make, shape=shape: make(*shape))
     for op, make in (("support_attention", attention), ("support_attention_backward", attention_backward))
@@ -49,5 +80,17 @@ CASES = [
         (torch.float32, 4096, 16384, 8, 128),  # blocks of 8
         (torch.bfloat16, 128, 4000, 8, 64),  # of 32
         (torch.float16, 64, 1000, 1, 1024),  # of 16, wide heads in chunks
+    )
+]
+CASES += [
+    Case(op, lambda make=make, dtype=dtype: make(dtype, 6156, 3074, 512), tiles if dtype in HALVES else frozenset())
+    for op, make, tiles in (("topk_similarity", topk, TOPK_TILES), ("retrieval_metrics", metrics, METRICS_TILES))
+    for dtype in (torch.float32, *HALVES)
+]
+CASES += [
+    Case("relation_frobenius", lambda shape=shape: frobenius(*shape))
+    for shape in (
+        (torch.bfloat16, 8192, 512, 512),  # Gram matrices of differences
+        (torch.float32, 256, 512, 1000),  # relations themselves, widths that differ
     )
 ]
