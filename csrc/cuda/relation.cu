@@ -10,22 +10,6 @@ namespace lcr2s::cuda {
 
 namespace {
 
-// Calls f with a value of the element type.
-template <class F>
-const char* with_element(DType element, const F& f) {
-  switch (element) {
-    case DType::float32:
-      return f(float{});
-    case DType::float64:
-      return f(double{});
-    case DType::bfloat16:
-      return f(BFloat16{});
-    case DType::float16:
-      return f(Half{});
-  }
-  return "unknown dtype";
-}
-
 template <class T>
 __global__ void __launch_bounds__(kRelationThreads)
     relation_project_kernel(const __grid_constant__ RelationProjectArgs args) {
@@ -72,19 +56,16 @@ constexpr int64_t kBlockSumBytes = kWarp * sizeof(double);
 
 const char* relation_operands(const RelationOperandArgs& args, void* stream) {
   const int64_t blocks = ceil_div(args.sides[0].rows + args.sides[1].rows, kRelationThreads / kWarp);
-  return with_element(args.element, [&](auto element) {
-    return launch(relation_operand_kernel<decltype(element)>, blocks, kRelationThreads, 0, stream, args);
-  });
+  return args.wide ? launch(relation_operand_kernel<double>, blocks, kRelationThreads, 0, stream, args)
+                   : launch(relation_operand_kernel<float>, blocks, kRelationThreads, 0, stream, args);
 }
 
 int64_t relation_dot_blocks(int64_t count) { return ceil_div(count, kFrobeniusChunk); }
 
 const char* relation_dot(const RelationDotArgs& args, void* stream) {
-  return with_element(args.element, [&](auto element) {
-    using Element = decltype(element);
-    return launch(relation_dot_kernel<Accumulate<Element>, Element>, relation_dot_blocks(args.count), kRelationThreads,
-                  kBlockSumBytes, stream, args);
-  });
+  const int64_t blocks = relation_dot_blocks(args.count);
+  return args.wide ? launch(relation_dot_kernel<double>, blocks, kRelationThreads, kBlockSumBytes, stream, args)
+                   : launch(relation_dot_kernel<float>, blocks, kRelationThreads, kBlockSumBytes, stream, args);
 }
 
 const char* relation_total(const RelationTotalArgs& args, void* stream) {
@@ -92,12 +73,10 @@ const char* relation_total(const RelationTotalArgs& args, void* stream) {
                    : launch(relation_total_kernel<float>, 1, kRelationThreads, kBlockSumBytes, stream, args);
 }
 
-const char* relation_coefficients(const RelationCoefficientsArgs& args, void* stream) {
-  return with_element(args.element, [&](auto element) {
-    using Element = decltype(element);
-    return launch(relation_coefficients_kernel<Accumulate<Element>, Element>,
-                  ceil_div(args.width * args.columns, kRelationThreads), kRelationThreads, 0, stream, args);
-  });
+const char* relation_fold(const RelationFoldArgs& args, void* stream) {
+  const int64_t blocks = ceil_div(args.width * args.columns, kRelationThreads);
+  return args.wide ? launch(relation_fold_kernel<double>, blocks, kRelationThreads, 0, stream, args)
+                   : launch(relation_fold_kernel<float>, blocks, kRelationThreads, 0, stream, args);
 }
 
 const char* relation_accumulate(const RelationAccumulateArgs& args, void* stream) {

@@ -52,6 +52,7 @@ const char* relation_accumulate(const RelationAccumulateArgs& args, void* stream
 constexpr int kRelationThreads = 256;
 
 // ---- Frobenius: R_student - R_teacher = U R' for operands U of the images and R of the texts (csrc/cpu/relation.cpp).
+// All of the arithmetic's type: rounded to bfloat16 or float16, unit rows and differences lose too much.
 
 struct RelationSide {
   Features student;
@@ -63,7 +64,7 @@ struct RelationSide {
 
 // Columns beyond a width are zero.
 struct RelationOperandArgs {
-  DType element;
+  bool wide;
   RelationSide sides[2];  // images, texts
   int64_t student_columns;
   int64_t teacher_columns;
@@ -73,26 +74,24 @@ const char* relation_operands(const RelationOperandArgs& args, void* stream);
 
 // Partial sums of a . b, one for each block; relation_dot_blocks(count) of them.
 struct RelationDotArgs {
-  DType element;
-  const void* a;  // of the arithmetic's type
+  bool wide;
+  const void* a;
   const void* b;
   int64_t count;
-  void* copy;  // a as elements, null where not wanted
   double* partials;
 };
 int64_t relation_dot_blocks(int64_t count);
 const char* relation_dot(const RelationDotArgs& args, void* stream);
 
-// Columns [0, columns) of a width x width Gram matrix, plus the next ones where `fold`, as elements.
-struct RelationCoefficientsArgs {
-  DType element;
+// Columns [0, columns) of a width x width Gram matrix plus the next `columns` ones.
+struct RelationFoldArgs {
+  bool wide;
   const void* gram;
   int64_t width;
   int64_t columns;
-  bool fold;
   void* out;
 };
-const char* relation_coefficients(const RelationCoefficientsArgs& args, void* stream);
+const char* relation_fold(const RelationFoldArgs& args, void* stream);
 
 // ---- Kullback-Leibler
 

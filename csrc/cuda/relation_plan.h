@@ -60,8 +60,7 @@ inline FrobeniusPlan plan_frobenius(const RelationShape& shape) {
   const double direct = pairs * (width + out * ((shape.need_image ? 1 : 0) + (shape.need_text ? 1 : 0)));
   const double gram = number(shape.rows + shape.columns) * width * width + (image + text) * width * out;
   plan.gram = gram < direct;
-  const int64_t copy_bytes = shape.element_bytes < shape.arithmetic_bytes ? shape.element_bytes : 0;
-  plan.slab = slab_rows(shape.rows, plan.text_rows * (shape.arithmetic_bytes + copy_bytes), shape.workspace_bytes);
+  plan.slab = slab_rows(shape.rows, plan.text_rows * shape.arithmetic_bytes, shape.workspace_bytes);
   return plan;
 }
 

@@ -130,18 +130,30 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::Value) =
         break;
       }
       case RetrievalPass::scores:
-        Tile::for_each(c, [&](int row, int col, T value) {
+#pragma unroll
+        for (int r = 0; r < Tile::kThreadRows; ++r) {
+          const int row = Tile::row(r);
           const int64_t place = memory.query[row];
-          if (place < 0) return;
-          static_cast<T*>(args.scores)[((row0 + row) * args.kept_tiles + place) * Tile::kCols + col] = value;
-        });
+          if (place < 0) continue;
+          T* out = static_cast<T*>(args.scores) + ((row0 + row) * args.kept_tiles + place) * Tile::kCols;
+#pragma unroll
+          for (int j = 0; j < Tile::kThreadCols; ++j) out[Tile::col(j)] = c.at(r, j);
+        }
         break;
       case RetrievalPass::own:
-        Tile::for_each(c, [&](int row, int col, T value) {
-          const int64_t positive = col0 + col - memory.first[row];
-          if (positive >= 0 && positive < memory.query[row])
-            static_cast<T*>(args.own)[memory.place[row] + positive] = value;
-        });
+#pragma unroll
+        for (int r = 0; r < Tile::kThreadRows; ++r) {
+          const int row = Tile::row(r);
+          // The query's positives, counted from the tile's first column.
+          const int64_t first = memory.first[row] - col0;
+          const int64_t end = first + memory.query[row];
+          const int low = first > 0 ? (first < Tile::kCols ? static_cast<int>(first) : Tile::kCols) : 0;
+          const int high = end < Tile::kCols ? static_cast<int>(end) : Tile::kCols;
+          T* out = static_cast<T*>(args.own) + (memory.place[row] - first);
+#pragma unroll
+          for (int j = 0; j < Tile::kThreadCols; ++j)
+            if (Tile::col(j) >= low && Tile::col(j) < high) out[Tile::col(j)] = c.at(r, j);
+        }
         break;
       case RetrievalPass::count: {
         const T* own = static_cast<const T*>(args.own);

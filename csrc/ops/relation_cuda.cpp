@@ -24,7 +24,7 @@ bool half(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == S
 class Relation {
  public:
   Relation(const char* op, const Tensor& student_image, const Tensor& student_text, const Tensor& teacher_image,
-           const Tensor& teacher_text, int64_t workspace_bytes, bool need_image, bool need_text, bool float16_operands)
+           const Tensor& teacher_text, int64_t workspace_bytes, bool need_image, bool need_text, bool half_operands)
       : op_(op),
         student_image_(op, "student_image", student_image),
         student_text_(op, "student_text", student_text),
@@ -44,13 +44,12 @@ class Relation {
     check_size(op, "teacher_text", teacher_text, 0, student_text.size(0));
     check(workspace_bytes >= 0, op, "`workspace_bytes` must not be negative, got ", workspace_bytes);
     bool wide = false;
-    bool same = half(student_image.scalar_type());
+    // Features of one half type may be operands as they are, mixtures in the type that holds them all.
+    bool same = half_operands && half(student_image.scalar_type());
     for (const Tensor* tensor : {&student_image, &student_text, &teacher_image, &teacher_text}) {
       wide |= tensor->scalar_type() == ScalarType::Double;
       same &= tensor->scalar_type() == student_image.scalar_type();
     }
-    // Features of one half type are operands as they are, mixtures in the type that holds them all.
-    same &= float16_operands || student_image.scalar_type() != ScalarType::Half;
     arithmetic_ = wide ? ScalarType::Double : ScalarType::Float;
     element_ = same ? student_image.scalar_type() : arithmetic_;
     loss_ = empty({}, arithmetic_);
@@ -125,7 +124,7 @@ class Frobenius {
     text_ = relation_.empty({plan_.text_rows, plan_.width()}, relation_.element());
     unit_ = relation_.empty({plan_.gram ? 0 : rows_, plan_.student_columns}, relation_.element());
     relation_.launched(
-        cuda::relation_operands({relation_.element_dtype(),
+        cuda::relation_operands({relation_.wide(),
                                  {{relation_.student_image().view(), relation_.teacher_image().view(),
                                    image_.mutable_data_ptr(), plan_.gram ? nullptr : unit_.mutable_data_ptr(), rows_},
                                   {relation_.student_text().view(), relation_.teacher_text().view(),
@@ -165,28 +164,26 @@ class Frobenius {
     multiply_into(image_gram, transposed(image_), image_);
     multiply_into(text_gram, transposed(text), text);
     Tensor partials = relation_.empty({cuda::relation_dot_blocks(width * width)}, ScalarType::Double);
-    relation_.launched(cuda::relation_dot({relation_.element_dtype(), image_gram.const_data_ptr(),
-                                           text_gram.const_data_ptr(), width * width, nullptr, doubles(partials)},
-                                          relation_.stream()));
+    relation_.launched(cuda::relation_dot(
+        {relation_.wide(), image_gram.const_data_ptr(), text_gram.const_data_ptr(), width * width, doubles(partials)},
+        relation_.stream()));
     total(partials, factor_);
 
-    Tensor image_product, text_product;
-    const auto product = [&](const Tensor& gram, const Tensor& operand, bool fold) {
-      Tensor coefficients = relation_.empty({width, plan_.student_columns}, relation_.element());
-      relation_.launched(cuda::relation_coefficients({relation_.element_dtype(), gram.const_data_ptr(), width,
-                                                      plan_.student_columns, fold, coefficients.mutable_data_ptr()},
-                                                     relation_.stream()));
-      Tensor result = empty(operand.size(0), plan_.student_columns);
-      multiply_into(result, operand, coefficients);
-      return result;
-    };
     cuda::RelationProjectArgs project = projection(2 * factor_);
+    const int64_t columns = plan_.student_columns;
+    Tensor image_product = empty(relation_.need_image() ? rows_ : 0, columns);
+    Tensor text_product = empty(relation_.need_text() ? columns_ : 0, columns);
+    Tensor folded = empty(relation_.need_text() && difference() ? width : 0, columns);
     if (relation_.need_image()) {
-      image_product = product(text_gram, image_, false);
+      multiply_into(image_product, image_, part_of(text_gram, 1, 0, columns));
       project.sides[0].product = image_product.const_data_ptr();
     }
     if (relation_.need_text()) {
-      text_product = product(image_gram, text, difference());
+      if (difference())
+        relation_.launched(cuda::relation_fold(
+            {relation_.wide(), image_gram.const_data_ptr(), width, columns, folded.mutable_data_ptr()},
+            relation_.stream()));
+      multiply_into(text_product, text, difference() ? folded : part_of(image_gram, 1, 0, columns));
       project.sides[1].product = text_product.const_data_ptr();
     }
     relation_.launched(cuda::relation_project(project, relation_.stream()));
@@ -196,9 +193,7 @@ class Frobenius {
   void direct() {
     const int64_t slab = plan_.slab;
     const int64_t across = plan_.text_rows;
-    const bool copied = half(relation_.element());
     Tensor differences = empty(slab, across);
-    Tensor copies = relation_.empty({copied ? slab : 0, across}, relation_.element());
     Tensor image_product = empty(relation_.need_image() ? rows_ : 0, plan_.student_columns);
     Tensor text_product = empty(relation_.need_text() ? across : 0, plan_.student_columns);
     Tensor text_part = empty(relation_.need_text() && slab < rows_ ? across : 0, plan_.student_columns);
@@ -212,16 +207,14 @@ class Frobenius {
       const int64_t count = std::min(slab, rows_ - begin);
       Tensor difference = part_of(differences, 0, 0, count);
       multiply_into(difference, part_of(image_, 0, begin, count), transposed(text_));
-      relation_.launched(
-          cuda::relation_dot({relation_.element_dtype(), difference.const_data_ptr(), difference.const_data_ptr(),
-                              count * across, copied ? copies.mutable_data_ptr() : nullptr, doubles(partials) + block},
-                             relation_.stream()));
+      relation_.launched(cuda::relation_dot({relation_.wide(), difference.const_data_ptr(), difference.const_data_ptr(),
+                                             count * across, doubles(partials) + block},
+                                            relation_.stream()));
       block += cuda::relation_dot_blocks(count * across);
-      const Tensor operand = copied ? part_of(copies, 0, 0, count) : difference;
-      if (relation_.need_image()) multiply_into(part_of(image_product, 0, begin, count), operand, text_unit);
+      if (relation_.need_image()) multiply_into(part_of(image_product, 0, begin, count), difference, text_unit);
       if (relation_.need_text()) {
         Tensor& out = begin == 0 ? text_product : text_part;
-        multiply_into(out, transposed(operand), part_of(unit_, 0, begin, count));
+        multiply_into(out, transposed(difference), part_of(unit_, 0, begin, count));
         if (begin > 0)
           relation_.launched(cuda::relation_accumulate({relation_.wide(), text_product.mutable_data_ptr(),
                                                         text_part.const_data_ptr(), across * plan_.student_columns},
@@ -260,7 +253,6 @@ class Frobenius {
 std::tuple<Tensor, Tensor, Tensor> relation_frobenius(Tensor student_image, Tensor student_text, Tensor teacher_image,
                                                       Tensor teacher_text, int64_t reduction, int64_t workspace_bytes,
                                                       bool need_image, bool need_text) {
-  // Unit rows and differences rounded to float16 would cost the digits that make float16 worth choosing.
   Relation relation(kFrobenius, student_image, student_text, teacher_image, teacher_text, workspace_bytes, need_image,
                     need_text, false);
   check(reduction >= kSum && reduction <= kMean, kFrobenius, "`reduction` must be 0 (sum), 1 (row) or 2 (mean), got ",
