@@ -69,5 +69,6 @@ def capability(device: torch.device) -> int:
 
 def input_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: exact float32 products unless the user allows TF32."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # Says so whichever way the user took; `allow_tf32` raises where it was the newer one.
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
