@@ -586,9 +586,9 @@ def retrieval_metrics(
         spans = (starts, counts, ends, base, order, ranking.size)
         sides = (*ranking.query_arguments, *ranking.gallery_arguments, width)
         if size > 0:
-            # Fewer stages leave registers for the addresses; the bits of a product do not depend on them.
+            # As many registers as there are: left to itself the assembler takes fewer and spills.
             wrap_triton(retrieval_metrics_positives_kernel)[(query_tiles,)](
-                *sides, *part, *spans, scores, **{**ranking.options, "num_stages": 2}
+                *sides, *part, *spans, scores, **ranking.options, maxnreg=240
             )
             wrap_triton(retrieval_metrics_count_kernel)[(query_tiles * tiles,)](
                 *sides, *part, *spans, scores, above, **ranking.options
