@@ -118,12 +118,12 @@ inline void plan_block(const SimilarityShape& s, SimilarityPlan& plan) {
   const auto whole = [](int64_t n) { return round_up(n, kTile); };
   const auto cut = [&](int64_t n, int64_t most) { return whole(ceil_div(n, ceil_div(whole(n), most))); };
   const auto fitting = [&](int64_t other) { return at_least(elements / other / kTile * kTile, kTile); };
-  const bool narrow_rows = whole(s.rows) < side;
+  const bool narrow_rows = whole(s.rows) <= side;
   if (narrow_rows) {
     plan.block_rows = whole(s.rows);
     plan.block_columns = cut(s.columns, fitting(plan.block_rows));
   } else {
-    plan.block_columns = whole(s.columns) < side ? whole(s.columns) : cut(s.columns, side);
+    plan.block_columns = whole(s.columns) <= side ? whole(s.columns) : cut(s.columns, side);
     plan.block_rows = cut(s.rows, fitting(plan.block_columns));
   }
 }

@@ -124,3 +124,10 @@ def test_nan_and_zero_rows(name: str, dtype: torch.dtype, path: str) -> None:
     loss, image, *_ = call(name, inputs, ids, budget, (True, True, True))
     assert loss.isnan()
     assert image[5].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 131100, 4), (131100, 3, 4)], ids=str)
+def test_blocks_with_several_tiles(shape: tuple[int, int, int]) -> None:
+    """So many tiles that a block takes several and goes on with the statistics of the last one."""
+    inputs, ids = problem(shape, torch.float32)
+    assert_all_match(call("sdm", inputs, ids, 0, (True, True, True)), oracle("sdm", inputs, ids), torch.float32)
