@@ -428,10 +428,9 @@ __device__ __forceinline__ BusyRow busy_row(const SupportAttentionShape& s, cons
   const int64_t row = read_index(s.indices + entry);
   if (!inside(row, s.pool_rows)) return none;
   const Range users = entry_range(pass.t_indptr, row, s.entries);
-  const int64_t first = users.begin / step;
-  const int64_t segments = (users.end - users.begin + pass.segment - 1) / pass.segment;
-  if (segments < 2 || slot < first || slot >= first + segments) return none;
-  return {row, users, first, static_cast<int>(segments)};
+  const plan::Slots slots = plan::slots_of(users.begin, users.end, pass.segment);
+  if (slots.count < 2 || slot < slots.first || slot >= slots.first + slots.count) return none;
+  return {row, users, slots.first, static_cast<int>(slots.count)};
 }
 
 // One side of the pool pass as one lane sees it.

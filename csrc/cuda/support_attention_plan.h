@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../support_attention.h"
+#include "element.h"
 
 // Launch geometry of support attention: plain functions of the shape, tested apart from any launch.
 namespace lcr2s::cuda::support_attention_plan {
@@ -58,15 +59,25 @@ inline Grid grid(int64_t units, int multiprocessors) {
   return rounds == 0 ? Grid{0, 0} : Grid{(needed + rounds - 1) / rounds, static_cast<int>(rounds * kWarps)};
 }
 
-// Pool rows with more than `length` users are summed in segments of `length`, each by a warp of its own; slot w may
-// hold the segment `w - begin / step` of the row whose users' positions, begin .. end of the transposed index, contain
-// w * step + step - 1. With step = length / 2 no two segments share a slot, and a slot finds its row by one look.
+// Pool rows with more than `length` users are summed in segments of `length`, each by a warp of its own and into a slot
+// of its own. With step = length / 2, slot w may hold a segment of the row to whose users position
+// w * step + step - 1 of the transposed index belongs, and of no other: the slots of two rows never meet.
 struct Segments {
   int64_t length;
   int64_t slots;
 
   int64_t step() const { return length / 2; }
 };
+
+// The slots of the row whose users are at begin .. end: `first` and those after it.
+struct Slots {
+  int64_t first;
+  int64_t count;
+};
+
+LCR2S_HOST_DEVICE Slots slots_of(int64_t begin, int64_t end, int64_t length) {
+  return {begin / (length / 2), (end - begin + length - 1) / length};
+}
 
 // Longer segments where there would be so many slots that they took more memory than a part of the gradients.
 inline Segments segments(const SupportAttentionShape& shape) {
