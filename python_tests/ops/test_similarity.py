@@ -1,18 +1,23 @@
 """Similarity losses: the kernels against their twins and against plain loops, and what they refuse."""
 
+import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from backends import DEVICES, backends, on
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_matches_oracle, assert_no_worse_than_pytorch, gradients
 from torch import Tensor
 
+from lcr2s_ext import triton
 from lcr2s_ext.ops import (
+    _workspace,
     cmpm_loss,
     info_nce_loss,
     sdm_loss,
@@ -22,7 +27,9 @@ from lcr2s_ext.ops import (
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-BACKENDS = ["cpu", "reference"]
+BACKENDS = backends()
+DOUBLE_BACKENDS = backends("cpu", "reference", "cuda")
+KERNELS = backends("cpu", "triton", "cuda")
 
 # name: (image rows, text rows, width, identities)
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -38,6 +45,33 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
 }
 
 Loss = Callable[..., Tensor]
+
+
+def interpreted(backend: str) -> bool:
+    """In the interpreter a tile is hundreds of calls of numpy: what other cases show already is left out there."""
+    return backend == "triton" and triton.INTERPRETED
+
+
+def dtype_of(backend: str) -> torch.dtype:
+    """The widest dtype that the backend takes."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+def namespace(backend: str) -> Any:
+    """The operators of `backend`."""
+    if backend != "triton":
+        return torch.ops.lcr2s
+    triton.load("similarity")
+    return torch.ops.lcr2s_triton
+
+
+def cases(keep: Callable[..., bool], *parameters: Iterable[Any], among: list[Any] = BACKENDS) -> list[Any]:
+    """Every (*parameters, backend) for which keep(*parameters) holds, or whose backend is not interpreted."""
+    return [
+        pytest.param(*values, *backend.values, id="-".join([*map(str, values), *backend.values]), marks=backend.marks)
+        for *values, backend in itertools.product(*parameters, among)
+        if not interpreted(backend.values[0]) or keep(*values)
+    ]
 
 
 # Losses under one signature: (image, text, scale), the ids and the backend. CMPM and TAL ignore the scale.
@@ -133,8 +167,11 @@ def problem(
 
 
 def value_and_gradients(loss: Loss, inputs: list[Tensor], *ids: Tensor, **options: Any) -> list[Tensor]:
+    """On the device of the backend among the options, the results on the CPU."""
+    inputs, ids = on(options.get("backend", "cpu"), (inputs, ids))
     # Losses without a scale do not depend on it: adding nothing keeps the list of gradients the same for all.
-    return gradients(lambda v, t, s: loss(v, t, s, *ids, **options) + 0 * s, inputs)
+    results = gradients(lambda v, t, s: loss(v, t, s, *ids, **options) + 0 * s, inputs)
+    return [result.cpu() for result in results]
 
 
 def wide(inputs: list[Tensor]) -> list[Tensor]:
@@ -151,12 +188,25 @@ def _small_workspace() -> Iterator[None]:
     set_workspace_limit(None)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("name", LOSSES)
-def test_value_and_gradients(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, backend: str) -> None:
-    inputs, image_ids, text_ids = problem(shape, dtype)
+SHAPES_IN_THE_INTERPRETER = {
+    torch.float32: {"one row, many columns", "width 40", "few positives", "no negatives", "several tiles"},
+    torch.bfloat16: {"width 40"},
+    torch.float16: {"width 513"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "dtype", "backend"),
+    [
+        case
+        for case in cases(
+            lambda _, title, dtype: title in SHAPES_IN_THE_INTERPRETER.get(dtype, ()), LOSSES, SHAPES, DTYPES
+        )
+        if case.values[2:] != (torch.float64, "triton")
+    ],
+)
+def test_value_and_gradients(name: str, title: str, dtype: torch.dtype, backend: str) -> None:
+    inputs, image_ids, text_ids = problem(SHAPES[title], dtype)
     actual = value_and_gradients(LOSSES[name], inputs, image_ids, text_ids, backend=backend)
     expected = value_and_gradients(by_rows(name), wide(inputs), image_ids, text_ids)
     assert actual[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -169,16 +219,23 @@ def test_value_and_gradients(name: str, shape: tuple[int, int, int, int], dtype:
             assert float((ours.double() - exact).abs().max()) < (1e-12 if dtype == torch.float64 else 2e-5), part
 
 
-@pytest.mark.parametrize("scale", [1.0, 50.0, 100.0, 300.0])
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_worse_than_pytorch(name: str, scale: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "scale", "backend"),
+    cases(
+        lambda name, scale: scale in ((50.0, 300.0) if name in SCALED else (1.0,)),
+        LOSSES,
+        (1.0, 50.0, 100.0, 300.0),
+        among=KERNELS,
+    ),
+)
+def test_no_worse_than_pytorch(name: str, scale: float, backend: str) -> None:
     results: list[list[list[Tensor]]] = [[], [], []]
-    for _ in range(6):
+    for _ in range(2 if interpreted(backend) else 6):
         inputs, image_ids, text_ids = problem((90, 140, 64, 30), torch.float32, scale)
-        for found, tensors, backend in zip(
-            results, (inputs, inputs, wide(inputs)), ("cpu", "reference", "reference"), strict=True
+        for found, tensors, chosen in zip(
+            results, (inputs, inputs, wide(inputs)), (backend, "reference", "reference"), strict=True
         ):
-            found.append(value_and_gradients(LOSSES[name], tensors, image_ids, text_ids, backend=backend))
+            found.append(value_and_gradients(LOSSES[name], tensors, image_ids, text_ids, backend=chosen))
     for position, part in enumerate(PARTS):
         ours, pytorch, exact = (torch.stack([problem[position] for problem in found]) for found in results)
         assert_no_worse_than_pytorch(ours, pytorch, exact, part)
@@ -196,6 +253,20 @@ def test_small_workspace(name: str, dtype: torch.dtype) -> None:
         assert_matches_oracle(ours, exact, dtype, part)
 
 
+@pytest.mark.parametrize("backend", backends("triton", "cuda"))
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("info_nce", torch.float32), ("cmpm", torch.bfloat16), ("tal", torch.float16)]
+)
+def test_tiny_workspace(name: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics and gradients in blocks of one or two tiles."""
+    inputs, image_ids, text_ids = problem((200, 300, 6, 100), dtype)
+    monkeypatch.setattr(_workspace, "workspace_bytes", lambda device: 2 * 128 * 128 * 4)
+    actual = value_and_gradients(LOSSES[name], inputs, image_ids, text_ids, backend=backend)
+    expected = value_and_gradients(LOSSES[name], wide(inputs), image_ids, text_ids, backend="reference")
+    for part, ours, exact in zip(PARTS, actual, expected, strict=True):
+        assert_matches_oracle(ours, exact, dtype, part)
+
+
 @pytest.mark.usefixtures("_small_workspace")
 def test_memory_is_bounded() -> None:
     """No allocation of the size of the cosine matrix: what is allocated grows with rows times width."""
@@ -208,14 +279,14 @@ def test_memory_is_bounded() -> None:
     assert 0 < allocated < rows * rows * 4 / 4
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck(name: str, backend: str) -> None:
-    (image, text, scale), image_ids, text_ids = problem((5, 7, 4, 3), scale=7.0)
+    (image, text, scale), image_ids, text_ids = on(backend, problem((5, 7, 4, 3), scale=7.0))
     leaves = [image.requires_grad_(), text.requires_grad_()]
     if name == "tal":
         # The positives' weights are detached: only with one positive a row are they constant.
-        image_ids, text_ids = torch.arange(5), torch.arange(7)
+        image_ids, text_ids = on(backend, (torch.arange(5), torch.arange(7)))
     elif name in SCALED:
         leaves.append(scale.requires_grad_())
 
@@ -228,15 +299,19 @@ def test_gradcheck(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_diagonal(backend: str) -> None:
     """Without ids row i belongs to row i, whatever the tile it is in."""
-    inputs, _, _ = problem((300, 300, 6, 300), torch.float64)
-    ids = torch.arange(300)
-    expected = gradients(lambda v, t, s: info_nce_loss(v, t, ids, logit_scale=s, backend="reference"), inputs)
-    actual = gradients(lambda v, t, s: info_nce_loss(v, t, logit_scale=s, backend=backend), inputs)
-    logits = inputs[2] * torch.nn.functional.normalize(inputs[0]) @ torch.nn.functional.normalize(inputs[1]).T
+    dtype, rows = dtype_of(backend), 150 if interpreted(backend) else 300
+    inputs, _, _ = problem((rows, rows, 6, rows), dtype)
+    ids = torch.arange(rows)
+    image, text, scale = wide(inputs)
+    expected = gradients(lambda v, t, s: info_nce_loss(v, t, ids, logit_scale=s, backend="reference"), wide(inputs))
+    actual = value_and_gradients(
+        lambda v, t, s, backend: info_nce_loss(v, t, logit_scale=s, backend=backend), inputs, backend=backend
+    )
+    logits = scale * torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
     entropy = torch.nn.functional.cross_entropy
-    torch.testing.assert_close(actual[0], (entropy(logits, ids) + entropy(logits.T, ids)) / 2)
+    torch.testing.assert_close(expected[0], (entropy(logits, ids) + entropy(logits.T, ids)) / 2)
     for part, ours, exact in zip(PARTS, actual, expected, strict=True):
-        assert_matches_oracle(ours, exact, torch.float64, part)
+        assert_matches_oracle(ours, exact, dtype, part)
 
 
 @settings(max_examples=40, deadline=None)
@@ -258,38 +333,66 @@ def test_any_shape(name: str, rows: int, columns: int, width: int, identities: i
         torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-10, msg=lambda m, part=part: f"{part}: {m}")
 
 
-def test_layouts_and_id_dtypes() -> None:
+@settings(max_examples=3 if triton.INTERPRETED else 40, deadline=None, phases=(Phase.generate,))
+@given(
+    name=st.sampled_from(list(LOSSES)),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    rows=st.integers(1, 140),
+    columns=st.integers(1, 140),
+    width=st.integers(1, 70),
+    scale=st.sampled_from([0.5, 20.0, 90.0]),
+    seed=st.integers(0, 2**31),
+)
+@pytest.mark.parametrize("backend", backends("triton"))
+def test_any_shape_in_triton(
+    backend: str, name: str, dtype: torch.dtype, rows: int, columns: int, width: int, scale: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    inputs, image_ids, text_ids = problem((rows, columns, width, 20), dtype, scale)
+    results = [
+        value_and_gradients(LOSSES[name], tensors, image_ids, text_ids, backend=chosen)
+        for tensors, chosen in ((inputs, backend), (inputs, "reference"), (wide(inputs), "reference"))
+    ]
+    for part, ours, pytorch, exact in zip(PARTS, *results, strict=True):
+        theirs = float((pytorch.double() - exact).abs().max())
+        # Gradients that cancel leave roundings of their terms behind, halves of the slab's.
+        rounding = 8 * torch.finfo(dtype).eps * max(float(exact.abs().max()), 1e-2)
+        assert float((ours.double() - exact).abs().max()) <= 2 * theirs + rounding, part
+
+
+@pytest.mark.parametrize(("name", "backend"), cases(lambda name: name == "sdm", LOSSES))
+def test_layouts_and_id_dtypes(name: str, backend: str) -> None:
     """Transposed and strided features, ids of either dtype with any values, mixed."""
-    (image, text, scale), image_ids, text_ids = problem((20, 31, 12, 5), torch.float32)
-    ids = torch.tensor([7, -3, 2**30, 0, -(2**31)])
-    for name, loss in LOSSES.items():
-        expected = loss(image, text, scale, image_ids, text_ids)
-        transposed = loss(image.T.contiguous().T, text[:, None].expand(-1, 2, -1).reshape(62, 12)[::2], scale,
-                          ids[image_ids].int(), ids[text_ids])  # fmt: skip
-        assert torch.equal(transposed, expected), name
-        wide_ids = torch.stack([ids[text_ids] * 2**31, text_ids], 1)[:, 0]
-        assert torch.equal(loss(image, text, scale, ids[image_ids] * 2**31, wide_ids), expected), name
+    (image, text, scale), image_ids, text_ids = on(backend, problem((20, 31, 12, 5), torch.float32))
+    ids = on(backend, torch.tensor([7, -3, 2**30, 0, -(2**31)]))
+    loss = functools.partial(LOSSES[name], backend=backend)
+    expected = loss(image, text, scale, image_ids, text_ids)
+    transposed = loss(image.T.contiguous().T, text[:, None].expand(-1, 2, -1).reshape(62, 12)[::2], scale,
+                      ids[image_ids].int(), ids[text_ids])  # fmt: skip
+    assert torch.equal(transposed, expected)
+    wide_ids = torch.stack([ids[text_ids] * 2**31, text_ids], 1)[:, 0]
+    assert torch.equal(loss(image, text, scale, ids[image_ids] * 2**31, wide_ids), expected)
 
 
-def test_text_ids_default_to_image_ids() -> None:
-    (image, text, scale), image_ids, _ = problem((20, 20, 12, 5), torch.float32)
-    for backend in BACKENDS:
-        for loss in (
-            lambda *ids, b=backend: info_nce_loss(image, text, *ids, logit_scale=scale, backend=b),
-            lambda *ids, b=backend: sdm_loss(image, text, *ids, backend=b),
-            lambda *ids, b=backend: cmpm_loss(image, text, *ids, backend=b),
-            lambda *ids, b=backend: tal_loss(image, text, *ids, backend=b),
-        ):
-            assert torch.equal(loss(image_ids), loss(image_ids, image_ids))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_text_ids_default_to_image_ids(backend: str) -> None:
+    (image, text, scale), image_ids, _ = on(backend, problem((20, 20, 12, 5), torch.float32))
+    for loss in (
+        lambda *ids: info_nce_loss(image, text, *ids, logit_scale=scale, backend=backend),
+        lambda *ids: sdm_loss(image, text, *ids, backend=backend),
+        lambda *ids: cmpm_loss(image, text, *ids, backend=backend),
+        lambda *ids: tal_loss(image, text, *ids, backend=backend),
+    ):
+        assert torch.equal(loss(image_ids), loss(image_ids, image_ids))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_positive(backend: str) -> None:
-    (image, text, scale), _, _ = problem((6, 5, 7, 4))
-    none = torch.arange(6), torch.arange(10, 15)
+    (image, text, scale), _, _ = on(backend, problem((6, 5, 7, 4), dtype_of(backend)))
+    none = on(backend, (torch.arange(6), torch.arange(10, 15)))
     assert _info_nce(image, text, scale, *none, backend=backend) == 0
     assert _tal(image, text, scale, *none, backend=backend) == 0
-    same = torch.zeros(6, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+    same = on(backend, (torch.zeros(6, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)))
     assert _tal(image, text, scale, *same, backend=backend) == 0
     for ids in (none, same):
         for gradient in value_and_gradients(_tal, [image, text, scale], *ids, backend=backend)[1:]:
@@ -304,24 +407,29 @@ def test_rows_without_positive(backend: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_zero_rows(name: str, backend: str) -> None:
     """Cosine 0 and gradient 0, the other gradients finite."""
-    inputs, image_ids, text_ids = problem((9, 12, 6, 4))
+    inputs, image_ids, text_ids = problem((9, 12, 6, 4), dtype_of(backend))
     inputs[0][2] = 0
     inputs[1][[0, 11]] = 0
     actual = value_and_gradients(LOSSES[name], inputs, image_ids, text_ids, backend=backend)
-    expected = value_and_gradients(by_rows(name), inputs, image_ids, text_ids)
+    expected = value_and_gradients(by_rows(name), wide(inputs), image_ids, text_ids)
     assert not actual[1][2].any()
     assert not actual[2][[0, 11]].any()
     for part, ours, exact in zip(PARTS, actual, expected, strict=True):
-        assert_matches_oracle(ours, exact, torch.float64, part)
+        assert_matches_oracle(ours, exact, dtype_of(backend), part)
     zeros = [torch.zeros_like(inputs[0]), torch.zeros_like(inputs[1]), inputs[2]]
     for gradient in value_and_gradients(LOSSES[name], zeros, image_ids, text_ids, backend=backend)[1:3]:
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("ids", ["some positives", "no positive", "no negative"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "value", "ids", "backend"),
+    cases(
+        lambda name, value, ids: math.isnan(value) or ids == "some positives",
+        LOSSES,
+        (math.nan, math.inf),
+        ("some positives", "no positive", "no negative"),
+    ),
+)
 def test_nan_shows(name: str, value: float, ids: str, backend: str) -> None:
     (image, text, scale), image_ids, text_ids = problem((9, 12, 6, 4), torch.float32)
     if ids != "some positives":
@@ -335,20 +443,23 @@ def test_nan_shows(name: str, value: float, ids: str, backend: str) -> None:
         broken[5, 3] = clean
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SCALED)
-def test_nan_scale_shows(name: str) -> None:
-    (image, text, _), image_ids, text_ids = problem((9, 12, 6, 4), torch.float32)
-    assert LOSSES[name](image, text, torch.tensor(math.nan), image_ids, text_ids).isnan()
+def test_nan_scale_shows(name: str, backend: str) -> None:
+    (image, text, _), image_ids, text_ids = on(backend, problem((9, 12, 6, 4), torch.float32))
+    scale = on(backend, torch.tensor(math.nan))
+    assert LOSSES[name](image, text, scale, image_ids, text_ids, backend=backend).isnan()
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", ["info_nce", "sdm", "tal"])
-def test_any_norm(name: str) -> None:
+def test_any_norm(name: str, backend: str) -> None:
     """Norms whose squares leave float32's range change nothing."""
     (image, text, scale), image_ids, text_ids = problem((9, 12, 6, 4), torch.float32)
-    expected = value_and_gradients(LOSSES[name], [image, text, scale], image_ids, text_ids, backend="cpu")
+    expected = value_and_gradients(LOSSES[name], [image, text, scale], image_ids, text_ids, backend=backend)
     for power in (-90, 80):
         factor = 2.0**power
-        actual = value_and_gradients(LOSSES[name], [image * factor, text, scale], image_ids, text_ids, backend="cpu")
+        actual = value_and_gradients(LOSSES[name], [image * factor, text, scale], image_ids, text_ids, backend=backend)
         torch.testing.assert_close(actual[0], expected[0])
         torch.testing.assert_close(actual[1] * factor, expected[1])
 
@@ -365,35 +476,48 @@ def test_bits_do_not_depend_on_threads(name: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_only_what_is_needed(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"), cases(lambda name: name == "cmpm", LOSSES, among=backends("triton", "cuda"))
+)
+def test_the_same_bits_again(name: str, backend: str) -> None:
+    rows = 60 if interpreted(backend) else 900
+    inputs, image_ids, text_ids = problem((rows, rows + 9, 70, 50), torch.float16)
+    first, second = (value_and_gradients(LOSSES[name], inputs, image_ids, text_ids, backend=backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("name", "backend"), cases(lambda name: name == "sdm", LOSSES, among=KERNELS))
+def test_only_what_is_needed(name: str, backend: str) -> None:
     """Each gradient alone is the same as with the others, and the loss is the same without any."""
-    inputs, image_ids, text_ids = problem((40, 30, 12, 5), torch.float32)
-    full = value_and_gradients(LOSSES[name], inputs, image_ids, text_ids, backend="cpu")
+    inputs, image_ids, text_ids = on(backend, problem((40, 30, 12, 5), torch.float32))
+    full = on(backend, value_and_gradients(LOSSES[name], inputs, image_ids, text_ids, backend=backend))
     for position in range(3 if name in SCALED else 2):
         leaves = [tensor.detach().clone() for tensor in inputs]
         leaves[position].requires_grad_()
-        loss = LOSSES[name](*leaves, image_ids, text_ids, backend="cpu")
+        loss = LOSSES[name](*leaves, image_ids, text_ids, backend=backend)
         (gradient,) = torch.autograd.grad(loss, leaves[position])
         assert torch.equal(loss, full[0])
         torch.testing.assert_close(gradient, full[1 + position])
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     with torch.no_grad():
-        loss = LOSSES[name](*leaves, image_ids, text_ids, backend="cpu")
+        loss = LOSSES[name](*leaves, image_ids, text_ids, backend=backend)
     assert torch.equal(loss, full[0])
     assert not loss.requires_grad
 
 
-def test_upstream_gradient_scales() -> None:
-    inputs, image_ids, text_ids = problem((40, 30, 12, 5), torch.float16)
-    once = gradients(lambda *t: _sdm(*t, image_ids, text_ids), [tensor.float() for tensor in inputs])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_upstream_gradient_scales(backend: str) -> None:
+    inputs, image_ids, text_ids = on(backend, problem((40, 30, 12, 5), torch.float16))
+    once = gradients(lambda *t: _sdm(*t, image_ids, text_ids, backend=backend), [tensor.float() for tensor in inputs])
     # 2^16 would overflow float16 had the gradient been rounded before it was scaled.
-    scaled = gradients(lambda *t: _sdm(*t, image_ids, text_ids) * 2.0**10, inputs)
-    torch.testing.assert_close(scaled[1].float() / 2.0**10, once[1], rtol=2e-3, atol=1e-6)
+    scaled = gradients(lambda *t: _sdm(*t, image_ids, text_ids, backend=backend) * 2.0**10, inputs)
+    # A GPU's slab of gradients is float16 too.
+    atol = 1e-6 if backend == "cpu" else 1e-3 * float(once[1].abs().max())
+    torch.testing.assert_close(scaled[1].float() / 2.0**10, once[1], rtol=2e-3, atol=atol)
 
 
-def arguments(name: str, grad: bool = True) -> tuple[Any, ...]:
-    (image, text, scale), image_ids, text_ids = problem((6, 5, 7, 3), torch.float32)
+def arguments(name: str, grad: bool = True, backend: str = "cpu") -> tuple[Any, ...]:
+    (image, text, scale), image_ids, text_ids = on(backend, problem((6, 5, 7, 3), torch.float32))
     leaves = [tensor.requires_grad_(grad) for tensor in (image, text, scale)]
     features = (*leaves[:2], image_ids, text_ids)
     return {
@@ -404,36 +528,39 @@ def arguments(name: str, grad: bool = True) -> tuple[Any, ...]:
     }[name]
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("name", ["info_nce", "sdm", "cmpm", "tal"])
-def test_opcheck(name: str, grad: bool) -> None:
-    torch.library.opcheck(getattr(torch.ops.lcr2s, name).default, arguments(name, grad))
+@pytest.mark.parametrize(
+    ("name", "grad", "backend"),
+    cases(lambda name, grad: name == "sdm" and grad, ["info_nce", "sdm", "cmpm", "tal"], [False, True], among=KERNELS),
+)
+def test_opcheck(name: str, grad: bool, backend: str) -> None:
+    if backend == "triton":
+        LOSSES[name](*on(backend, (IMAGE, TEXT, torch.tensor(3.0), IDS, IDS)), backend=backend)  # registers the fakes
+    torch.library.opcheck(getattr(namespace(backend), name).default, arguments(name, grad, backend))
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_compile(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), cases(lambda name: name == "sdm", LOSSES, among=KERNELS))
+def test_compile(name: str, backend: str) -> None:
     inputs, image_ids, text_ids = problem((40, 30, 12, 5), torch.float32)
-    compiled = torch.compile(lambda *t: LOSSES[name](*t, image_ids, text_ids), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
     for part, ours, eager in zip(
         PARTS,
-        value_and_gradients(lambda *t: compiled(*t[:3]), inputs, image_ids, text_ids),
-        value_and_gradients(LOSSES[name], inputs, image_ids, text_ids),
+        value_and_gradients(compiled, inputs, image_ids, text_ids, backend=backend),
+        value_and_gradients(LOSSES[name], inputs, image_ids, text_ids, backend=backend),
         strict=True,
     ):
         assert torch.equal(ours, eager), part
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "backend"), cases(lambda name: name in ("info_nce", "cmpm"), LOSSES))
 def test_autocast(name: str, backend: str) -> None:
     """The features keep their dtype, which may differ; statistics and the scale stay in float32."""
     inputs, image_ids, text_ids = problem((20, 24, 12, 5), torch.float32)
     inputs[0] = inputs[0].bfloat16()
     exact = value_and_gradients(LOSSES[name], wide(inputs), image_ids, text_ids, backend="reference")
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = LOSSES[name](*leaves, image_ids, text_ids, backend=backend) + 0 * leaves[2]
-    actual = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    leaves = [tensor.detach().requires_grad_() for tensor in on(backend, inputs)]
+    with torch.autocast(DEVICES[backend], torch.bfloat16):
+        loss = LOSSES[name](*leaves, *on(backend, (image_ids, text_ids)), backend=backend) + 0 * leaves[2]
+    actual = on("cpu", [loss.detach(), *torch.autograd.grad(loss, leaves)])
     assert actual[0].dtype == torch.float32
     assert [gradient.dtype for gradient in actual[1:]] == [torch.bfloat16, torch.float32, torch.float32]
     assert_matches_oracle(actual[0], exact[0], torch.float32)
@@ -442,11 +569,11 @@ def test_autocast(name: str, backend: str) -> None:
         LOSSES[name](*inputs, image_ids, text_ids)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_double_backward_is_refused(name: str) -> None:
-    inputs, image_ids, text_ids = problem((6, 5, 7, 3), torch.float64)
+@pytest.mark.parametrize(("name", "backend"), cases(lambda name: name == "tal", LOSSES, among=KERNELS))
+def test_double_backward_is_refused(name: str, backend: str) -> None:
+    inputs, image_ids, text_ids = on(backend, problem((6, 5, 7, 3), torch.float32))
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    loss = LOSSES[name](*leaves, image_ids, text_ids, backend="cpu")
+    loss = LOSSES[name](*leaves, image_ids, text_ids, backend=backend)
     (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"double backward .* is not supported"):
         gradient.sum().backward()
@@ -507,8 +634,23 @@ def test_malformed_calls(name: str, change: dict[str, Any], error: type[Exceptio
     call: dict[str, Any] = {"image": IMAGE, "text": TEXT, "image_ids": IDS, "text_ids": IDS, "backend": backend}
     if name == "info_nce":
         call["logit_scale"] = 10.0
+    message = message.replace("(cpu)", f"({on(backend, IMAGE).device})")
     with pytest.raises(error, match=re.escape(message)):
-        PUBLIC[name](**(call | change))
+        PUBLIC[name](**{key: value if meta(value) else on(backend, value) for key, value in (call | change).items()})
+
+
+def meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize("name", ALL)
+def test_float64_is_refused(name: str, backend: str) -> None:
+    call = {"image": IMAGE.double(), "text": TEXT.double(), "image_ids": IDS, "backend": backend}
+    if name == "info_nce":
+        call["logit_scale"] = 10.0
+    with pytest.raises(TypeError, match=r"`image` must have dtype .* on backend 'triton', got float64"):
+        PUBLIC[name](**on(backend, call))
 
 
 # position, value, message of calls straight to torch.ops.lcr2s; positions 0..3 are the features and the ids.
@@ -544,6 +686,18 @@ def test_malformed_direct_calls(name: str, position: int, value: Any, message: s
     call[position] = value
     with pytest.raises(RuntimeError, match=re.escape(f"lcr2s::{name}: {message}")):
         getattr(torch.ops.lcr2s, name)(*call)
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize(
+    ("name", "position", "value", "message"),
+    [(name, *case) for case in DIRECT for name in ALL] + DIRECT_ONE,
+)
+def test_malformed_direct_calls_in_triton(name: str, position: int, value: Any, message: str, backend: str) -> None:
+    call = list(arguments(name, grad=False, backend=backend))
+    call[position] = on(backend, value)
+    with pytest.raises((TypeError, ValueError), match=re.escape(message.split(" must")[0])):
+        getattr(namespace(backend), name)(*call)
 
 
 def test_direct_diagonal_needs_pairs() -> None:
