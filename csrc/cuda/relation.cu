@@ -2,7 +2,6 @@
 
 #include "relation_frobenius.h"
 #include "relation_kl.h"
-#include "tile_mma.h"
 #include "tile_simt.h"
 #include "tile_wgmma.h"
 
@@ -116,10 +115,10 @@ const char* with_tile(DType element, const Args& args, int64_t tiles, void* stre
 template <class Tile>
 struct LaunchSums {
   static const char* run(const RelationKlSums& args, int64_t tiles, void* stream) {
-    using State = KlSum<typename Tile::Value>;
-    static_assert(Tile::template kReduceRowsBytes<State> <= Tile::kScratchBytes);
-    static_assert(Tile::template kReduceColsBytes<State> <= Tile::kScratchBytes);
-    return launch(relation_kl_sums_kernel<Tile>, tiles, Tile::kThreads, Tile::kSharedBytes, stream, args);
+    constexpr int kShared = kKlSumsBytes<Tile> > Tile::kSharedBytes ? kKlSumsBytes<Tile> : Tile::kSharedBytes;
+    // An engine may keep something of its own behind its scratch memory.
+    static_assert(kKlSumsBytes<Tile> <= Tile::kScratchBytes || Tile::kSharedBytes == Tile::kScratchBytes);
+    return launch(relation_kl_sums_kernel<Tile>, tiles, Tile::kThreads, kShared, stream, args);
   }
 };
 

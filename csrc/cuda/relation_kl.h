@@ -3,7 +3,7 @@
 #include "loss_common.h"
 #include "relation.h"
 #include "relation_math.h"
-#include "tile.h"
+#include "tile_runs.h"
 
 // Kernels of the relation KL loss: log-sum-exps of every row and column of both models, then, knowing them, the loss
 // and dL/dcosine. Tiles are 128 rows by kCols columns.
@@ -39,13 +39,56 @@ __device__ __forceinline__ void cosine_tile(Tile& tile, typename Tile::Accumulat
   }
 }
 
+// Shared memory of a tile of values. Eight neighbouring lanes along a row, four rows apart from the next eight, and
+// four along a column meet no bank twice.
+template <class Tile>
+constexpr int kKlStride = Tile::kCols + 8;
+
+template <class Tile>
+__device__ __forceinline__ void store_tile(const typename Tile::Accumulator& c, typename Tile::Value* out, int first,
+                                           int rows) {
+  Tile::for_each(c, [&](int row, int col, typename Tile::Value value) {
+    if (row >= first && row < first + rows) out[(row - first) * kKlStride<Tile> + col] = value;
+  });
+}
+
+// Of `kCount` values `stride` apart, which are logits where `shifted` and their exponentials otherwise.
+template <int kCount, class T>
+__device__ __forceinline__ KlSum<T> line_sum(const T* values, int stride, bool shifted) {
+  KlSum<T> line{T{0}, T{0}};
+  if (shifted) {
+    line.shift = lowest<T>();
+#pragma unroll 4
+    for (int i = 0; i < kCount; ++i) line.shift = values[i * stride] > line.shift ? values[i * stride] : line.shift;
+#pragma unroll 4
+    for (int i = 0; i < kCount; ++i) line.sum += exponential(below(values[i * stride], line.shift));
+  } else {
+#pragma unroll 4
+    for (int i = 0; i < kCount; ++i) line.sum += values[i * stride];
+  }
+  return line;
+}
+
+// Over kLanes neighbouring lanes.
+template <int kLanes, class T>
+__device__ __forceinline__ KlSum<T> merge_lanes(KlSum<T> line) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const KlSum<T> other{shuffle_xor(line.shift, step), shuffle_xor(line.sum, step)};
+    line.merge(other);
+  }
+  return line;
+}
+
+template <class Tile>
+constexpr int kKlSumsBytes = Tile::kRows * kKlStride<Tile> * static_cast<int>(sizeof(typename Tile::Value));
+
 // Pass 1. Blocks: tiles of the student, then of the teacher.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kKlBlocks<Tile>)
     relation_kl_sums_kernel(const __grid_constant__ RelationKlSums args) {
-  if constexpr (Tile::kAvailable) {
+  if constexpr (kTileRuns<Tile>) {
     using T = typename Tile::Value;
-    using State = KlSum<T>;
     char* shared = dynamic_shared();
     Tile tile(shared);
     typename Tile::Accumulator c;
@@ -59,36 +102,31 @@ __global__ void __launch_bounds__(Tile::kThreads, kKlBlocks<Tile>)
     cosine_tile(tile, c, model, args.first_row_tile + at.row, at.column, args.column_tiles, true);
 
     const T scale = *static_cast<const T*>(model.scale);
-    const bool shifted = needs_shift(*static_cast<const T*>(args.models[0].scale)) ||
-                         needs_shift(*static_cast<const T*>(args.models[1].scale));
+    const bool shifted = needs_shift(scale);
     Tile::for_each(c, [&](int row, int col, T& value) {
       const T logit = row0 + row < args.rows && col0 + col < args.columns ? scale * value : lowest<T>();
       value = shifted ? logit : exponential(logit);
     });
-    const auto sum_of = [&](int count, const auto& value) {
-      State state{T{0}, T{0}};
-      if (shifted) {
-        state.shift = lowest<T>();
-#pragma unroll
-        for (int i = 0; i < count; ++i) state.shift = value(i) > state.shift ? value(i) : state.shift;
-#pragma unroll
-        for (int i = 0; i < count; ++i) state.sum += exponential(below(value(i), state.shift));
-      } else {
-#pragma unroll
-        for (int i = 0; i < count; ++i) state.sum += value(i);
-      }
-      return state;
-    };
-    const auto merge = [](State& into, const State& from) { into.merge(from); };
     // The product's stages are free.
-    State* row_parts = static_cast<State*>(model.row_parts) + at.column * args.row_parts_stride + at.row * Tile::kRows;
-    Tile::template reduce_rows<State>(
-        shared, [&](int r) { return sum_of(Tile::kThreadCols, [&](int j) { return c.at(r, j); }); }, merge,
-        [&](int row, const State& state) { row_parts[row] = state; });
-    State* column_parts = static_cast<State*>(model.column_parts) + at.row * args.column_parts_stride + col0;
-    Tile::template reduce_cols<State>(
-        shared, [&](int j) { return sum_of(Tile::kThreadRows, [&](int r) { return c.at(r, j); }); }, merge,
-        [&](int col, const State& state) { column_parts[col] = state; });
+    T* values = reinterpret_cast<T*>(shared);
+    store_tile<Tile>(c, values, 0, Tile::kRows);
+    __syncthreads();
+    constexpr int kRowLanes = 8;
+    KlSum<T>* row_parts =
+        static_cast<KlSum<T>*>(model.row_parts) + at.column * args.row_parts_stride + at.row * Tile::kRows;
+    const int row_lane = static_cast<int>(threadIdx.x) % kRowLanes;
+    for (int row = static_cast<int>(threadIdx.x) / kRowLanes; row < Tile::kRows; row += Tile::kThreads / kRowLanes) {
+      const KlSum<T> sum = merge_lanes<kRowLanes>(
+          line_sum<Tile::kCols / kRowLanes>(values + row * kKlStride<Tile> + row_lane, kRowLanes, shifted));
+      if (row_lane == 0) row_parts[row] = sum;
+    }
+    constexpr int kColumnLanes = Tile::kThreads / Tile::kCols;
+    const int column_lane = static_cast<int>(threadIdx.x) % kColumnLanes;
+    const int col = static_cast<int>(threadIdx.x) / kColumnLanes;
+    const KlSum<T> sum = merge_lanes<kColumnLanes>(line_sum<Tile::kRows / kColumnLanes>(
+        values + column_lane * kKlStride<Tile> + col, kColumnLanes * kKlStride<Tile>, shifted));
+    if (column_lane == 0)
+      static_cast<KlSum<T>*>(model.column_parts)[at.row * args.column_parts_stride + col0 + col] = sum;
   }
 }
 
@@ -122,8 +160,7 @@ __global__ void __launch_bounds__(kRelationThreads)
 template <class Tile>
 struct KlTileMemory {
   using T = typename Tile::Value;
-  // Neighbouring rows of a warp's values lie in different banks.
-  static constexpr int kStride = Tile::kCols + 8;
+  static constexpr int kStride = kKlStride<Tile>;
   static constexpr int kParts = static_cast<int>(sizeof(T)) / 4;
   static constexpr int kRows = Tile::kRows / kParts;
   static constexpr int kCosines = kRows * kStride;
@@ -139,7 +176,7 @@ struct KlTileMemory {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kKlBlocks<Tile>)
     relation_kl_slopes_kernel(const __grid_constant__ RelationKlSlopes args) {
-  if constexpr (Tile::kAvailable) {
+  if constexpr (kTileRuns<Tile>) {
     using T = typename Tile::Value;
     using Element = typename Tile::Element;
     using Line = KlLine<T>;
@@ -180,12 +217,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kKlBlocks<Tile>)
     T row_loss = 0, column_loss = 0, scale_slope = 0;
     for (int part = 0; part < Memory::kParts; ++part) {
       const int first = part * Memory::kRows;
-      Tile::for_each(x, [&](int row, int column, T value) {
-        if (row / Memory::kRows == part) student_cosines[(row - first) * Memory::kStride + column] = value;
-      });
-      Tile::for_each(z, [&](int row, int column, T value) {
-        if (row / Memory::kRows == part) teacher_cosines[(row - first) * Memory::kStride + column] = value;
-      });
+      store_tile<Tile>(x, student_cosines, first, Memory::kRows);
+      store_tile<Tile>(z, teacher_cosines, first, Memory::kRows);
       __syncthreads();
 #pragma unroll 2
       for (int row = static_cast<int>(threadIdx.x) / Tile::kCols; row < Memory::kRows;

@@ -80,7 +80,7 @@ LCR2S_HOST_DEVICE KlLine<T> finish_line(const ExponentialSum<double>& student, c
 }
 
 // (-1)^k / k!
-constexpr double alternating_inverse_factorial(int k) {
+LCR2S_HOST_DEVICE constexpr double alternating_inverse_factorial(int k) {
   double product = 1;
   for (int factor = 2; factor <= k; ++factor) product *= factor;
   return (k % 2 == 0 ? 1 : -1) / product;

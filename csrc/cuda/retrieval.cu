@@ -4,7 +4,7 @@
 
 #include "launch.h"
 #include "retrieval_plan.h"
-#include "tile_mma.h"
+#include "tile_runs.h"
 #include "tile_simt.h"
 #include "tile_wgmma.h"
 #include "warp.h"
@@ -50,7 +50,7 @@ struct Best {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::Value) == 8 ? 1 : 2)
     retrieval_tile_kernel(const __grid_constant__ RetrievalTileArgs args) {
-  if constexpr (Tile::kAvailable) {
+  if constexpr (kTileRuns<Tile>) {
     using T = typename Tile::Value;
     using Memory = RetrievalMemory<Tile>;
     char* shared = dynamic_shared();
