@@ -1,6 +1,7 @@
 """The backends that a test body runs on, here or on a machine with a GPU, and moving a problem to one of them."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -36,6 +37,25 @@ def backends_and_dtypes(dtypes: Sequence[torch.dtype], *names: str) -> list[Any]
         for name in names or DEVICES
         for dtype in dtypes
         if not (name == "triton" and dtype == torch.float64)
+    ]
+
+
+def interpreted(backend: str) -> bool:
+    """Whether Triton's interpreter is what runs: a tile is hundreds of calls of numpy there, so problems are small."""
+    return backend == "triton" and triton.INTERPRETED
+
+
+def widest_dtype(backend: str) -> torch.dtype:
+    """The widest dtype that the backend takes."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+def cases(keep: Callable[..., bool], *parameters: Iterable[Any], among: Sequence[Any]) -> list[Any]:
+    """Every (*parameters, backend) for which keep(*parameters) holds, or whose backend is not interpreted."""
+    return [
+        pytest.param(*values, *backend.values, id="-".join([*map(str, values), *backend.values]), marks=backend.marks)
+        for *values, backend in itertools.product(*parameters, among)
+        if not interpreted(backend.values[0]) or keep(*values)
     ]
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from backends import backends, backends_and_dtypes, cases, interpreted, on, widest_dtype
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_matches_oracle, assert_no_worse_than_pytorch, gradients
 from torch import Tensor
@@ -13,7 +14,9 @@ from torch import Tensor
 from lcr2s_ext.ops import relation_frobenius_loss, relation_kl_loss, set_workspace_limit, use_backend
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-BACKENDS = ["cpu", "reference"]
+BACKENDS = backends()
+DOUBLE_BACKENDS = backends("cpu", "reference", "cuda")
+KERNELS = backends("cpu", "triton", "cuda")
 LOSSES = ["frobenius", "kl"]
 
 # name: (B, N, student width, teacher width)
@@ -27,6 +30,14 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
     "wide teacher": (130, 65, 17, 40),
     "more rows than widths": (330, 290, 20, 20),
     "many rows, other width": (280, 530, 16, 9),
+}
+# The same edges with fewer tiles, for triton's interpreter.
+INTERPRETED_SHAPES = {
+    **SHAPES,
+    "width 513": (5, 11, 130, 130),
+    "wide teacher": (30, 65, 17, 40),
+    "more rows than widths": (140, 90, 20, 20),
+    "many rows, other width": (80, 130, 16, 9),
 }
 
 
@@ -75,14 +86,15 @@ def problem(
     dtype: torch.dtype = torch.float64,
     teacher_dtype: torch.dtype | None = None,
     scale: float = 12.0,
+    backend: str = "cpu",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """[student image, student text, student scale], [teacher image, teacher text]."""
+    """[student image, student text, student scale], [teacher image, teacher text], where `backend` takes them."""
     rows, columns, width, teacher_width = shape
     sizes = [(rows, width), (columns, width), (rows, teacher_width), (columns, teacher_width)]
     image, text, soft_image, soft_text = (torch.randn(size, dtype=torch.float64) for size in sizes)
     factor = torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     other = dtype if teacher_dtype is None else teacher_dtype
-    return [image.to(dtype), text.to(dtype), factor], [soft_image.to(other), soft_text.to(other)]
+    return on(backend, ([image.to(dtype), text.to(dtype), factor], [soft_image.to(other), soft_text.to(other)]))
 
 
 def double(tensors: list[Tensor]) -> list[Tensor]:
@@ -92,24 +104,35 @@ def double(tensors: list[Tensor]) -> list[Tensor]:
 PARTS = ("loss", "student_image", "student_text", "student_scale")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+# In the interpreter one dtype a shape, in turn.
+TURN = dict(zip(SHAPES, [torch.float32, torch.bfloat16, torch.float16] * len(SHAPES), strict=False))
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-def test_value_and_gradients(loss: str, shape: tuple[int, int, int, int], dtype: torch.dtype, backend: str) -> None:
-    student, teacher = problem(shape, dtype)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "name"),
+    [
+        pytest.param(*case.values, name, id=f"{case.id}-{name}", marks=case.marks)
+        for case in backends_and_dtypes(DTYPES)
+        for name in SHAPES
+        if not interpreted(case.values[0]) or case.values[1] == TURN[name]
+    ],
+)
+def test_value_and_gradients(loss: str, name: str, dtype: torch.dtype, backend: str) -> None:
+    shape = (INTERPRETED_SHAPES if interpreted(backend) else SHAPES)[name]
+    student, teacher = problem(shape, dtype, backend=backend)
     # What a gradient scaler does: float16 gradients of a mean would be subnormal.
-    upstream = torch.tensor(1024.0)
+    upstream = on(backend, torch.tensor(1024.0))
     exact = gradients(lambda *t: oracle(loss)(*t, *double(teacher)), double(student), upstream)
     actual = gradients(lambda *t: ours(loss, backend)(*t, *teacher), student, upstream)
     assert actual[0].dtype == student[2].dtype
-    for name, got, expected, like in zip(PARTS, actual, exact, [student[2], *student], strict=True):
+    for part, got, expected, like in zip(PARTS, actual, exact, [student[2], *student], strict=True):
         assert got.dtype == like.dtype
         # A unit vector of width 1 does not move, a softmax over one entry is 1: such gradients are 0 but for rounding.
         if expected.abs().max() < 1e-9:
-            assert got.abs().max() < 1e-5 * upstream, name
+            assert got.abs().max() < 1e-5 * upstream, part
         else:
-            assert_matches_oracle(got, expected, dtype, name)
+            assert_matches_oracle(got, expected, dtype, part)
 
 
 @pytest.mark.parametrize(
@@ -131,22 +154,23 @@ def test_gradients_no_worse_than_pytorch(loss: str, shape: str) -> None:
         assert_no_worse_than_pytorch(a, b, c, name)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("shape", [(330, 290, 20, 20), (1300, 1100, 24, 32)])
-def test_rounding_of_the_gram_form(shape: tuple[int, int, int, int]) -> None:
+def test_rounding_of_the_gram_form(shape: tuple[int, int, int, int], backend: str) -> None:
     # Sums over all rows come before the difference: more rounding than PyTorch's, but bounded.
-    student, teacher = problem(shape, torch.float32)
+    student, teacher = problem(shape, torch.float32, backend=backend)
     exact = gradients(lambda *t: oracle("frobenius")(*t, *double(teacher)), double(student))
-    actual = gradients(lambda *t: ours("frobenius", "cpu")(*t, *teacher), student)
+    actual = gradients(lambda *t: ours("frobenius", backend)(*t, *teacher), student)
     assert abs(float(actual[0]) - float(exact[0])) <= 5e-7 * float(exact[0])
     for got, expected in zip(actual[1:3], exact[1:3], strict=True):
         assert (got.double() - expected).norm() <= 3e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
 @pytest.mark.parametrize("shape", [(5, 4, 3, 3), (4, 6, 3, 5), (13, 11, 2, 2)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck(loss: str, shape: tuple[int, int, int, int], backend: str) -> None:
-    student, teacher = problem(shape)
+    student, teacher = problem(shape, backend=backend)
     leaves = [tensor.requires_grad_() for tensor in student]
     assert torch.autograd.gradcheck(lambda *t: ours(loss, backend)(*t, *teacher), leaves)
     if backend == "reference":
@@ -185,15 +209,58 @@ def test_any_shape(
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=floor, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("backend", backends("triton"))
+@settings(max_examples=8, deadline=None, phases=[Phase.generate])  # shrinking in the interpreter would take minutes
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 80),
+    width=st.integers(1, 40),
+    teacher_width=st.integers(1, 40),
+    same_width=st.booleans(),
+    reduction=st.integers(0, 2),
+    budget=st.sampled_from([0, 1000, 1 << 28]),
+    needs=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 1000),
+)
+def test_any_frobenius_in_triton(
+    backend: str,
+    rows: int,
+    columns: int,
+    width: int,
+    teacher_width: int,
+    same_width: bool,
+    reduction: int,
+    budget: int,
+    needs: tuple[bool, bool],
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    rows = rows if budget > 0 else 1 + rows % 4
+    shape = (rows, columns, width, width if same_width else teacher_width)
+    student, teacher = problem(shape, torch.float32, backend=backend)
+    relation_frobenius_loss(*student[:2], *teacher, backend=backend)  # imports the operators
+    name = ("sum", "row", "mean")[reduction]
+    exact = gradients(lambda *t: oracle("frobenius", name)(*t, *double(teacher)), double(student))
+    function = torch.ops.lcr2s_triton.relation_frobenius
+    actual = function(*student[:2], *teacher, reduction, budget, *needs)
+    assert_matches_oracle(actual[0], exact[0], torch.float32)
+    for got, expected, need in zip(actual[1:], exact[1:3], needs, strict=True):
+        assert got.shape == (expected.shape if need else (0,))
+        if need:
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-6 * max(1.0, float(exact[0])))
+    assert all(map(torch.equal, actual, function(*student[:2], *teacher, reduction, budget, *needs)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["sum", "row", "mean"])
 @pytest.mark.parametrize("shape", ["one row, many columns", "more rows than widths"])
-def test_reduction(shape: str, reduction: str) -> None:
-    student, teacher = problem(SHAPES[shape])
-    exact = gradients(lambda *t: oracle("frobenius", reduction)(*t, *teacher), student)
-    for backend in BACKENDS:
-        actual = gradients(lambda *t, b=backend: ours("frobenius", b, reduction)(*t, *teacher), student)
-        for got, expected in zip(actual, exact, strict=True):
-            torch.testing.assert_close(got, expected)
+def test_reduction(shape: str, reduction: str, backend: str) -> None:
+    dtype = widest_dtype(backend)
+    student, teacher = problem(SHAPES[shape], dtype, backend=backend)
+    exact = gradients(lambda *t: oracle("frobenius", reduction)(*t, *double(teacher)), double(student))
+    actual = gradients(lambda *t: ours("frobenius", backend, reduction)(*t, *teacher), student)
+    for got, expected in zip(actual, exact, strict=True):
+        assert_matches_oracle(got, expected, dtype)
 
 
 @pytest.mark.parametrize("scale", [0.01, 30.0, 60.0, 74.9, 75.1, 500.0])
@@ -224,29 +291,39 @@ def test_scales_may_be_numbers_and_tensors() -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("student_dtype", "teacher_dtype"), [(a, b) for a in DTYPES for b in DTYPES if a != b], ids=str
 )
 @pytest.mark.parametrize("loss", LOSSES)
-def test_teacher_of_another_dtype(loss: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
-    student, teacher = problem((20, 31, 12, 12), student_dtype, teacher_dtype)
+def test_teacher_of_another_dtype(
+    loss: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype, backend: str
+) -> None:
+    student, teacher = problem((20, 31, 12, 12), student_dtype, teacher_dtype, backend=backend)
+    wide = torch.float64 in (student_dtype, teacher_dtype)
+    if wide and backend == "triton":
+        side = "student" if student_dtype == torch.float64 else "teacher"
+        with pytest.raises(TypeError, match=f"`{side}_image`.*float64"):
+            ours(loss, backend)(*student, *teacher)
+        return
     exact = gradients(lambda *t: oracle(loss)(*t, *double(teacher)), double(student))
-    for backend in BACKENDS:
-        actual = gradients(lambda *t, b=backend: ours(loss, b)(*t, *teacher), student)
-        wide = torch.float64 in (student_dtype, teacher_dtype)
-        assert actual[0].dtype == (torch.float64 if wide else torch.float32)
-        assert_matches_oracle(actual[0], exact[0], torch.float64 if wide else torch.float32)
-        for got, expected in zip(actual[1:], exact[1:], strict=True):
-            assert_matches_oracle(got, expected, student_dtype)
+    actual = gradients(lambda *t: ours(loss, backend)(*t, *teacher), student)
+    assert actual[0].dtype == (torch.float64 if wide else torch.float32)
+    assert_matches_oracle(actual[0], exact[0], torch.float64 if wide else torch.float32)
+    for got, expected in zip(actual[1:], exact[1:], strict=True):
+        assert_matches_oracle(got, expected, student_dtype)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("shape", [(60, 70, 64, 64), (500, 400, 32, 32)], ids=["direct", "gram"])
-def test_frobenius_keeps_its_digits_near_the_teacher(shape: tuple[int, int, int, int], distance: float) -> None:
-    student, teacher = problem(shape, torch.float32)
+def test_frobenius_keeps_its_digits_near_the_teacher(
+    shape: tuple[int, int, int, int], distance: float, backend: str
+) -> None:
+    student, teacher = problem(shape, torch.float32, backend=backend)
     student[:2] = [t + distance * s for s, t in zip(student[:2], teacher, strict=True)]
     exact = gradients(lambda *t: oracle("frobenius")(*t, *double(teacher)), double(student))
-    actual = gradients(lambda *t: ours("frobenius", "cpu")(*t, *teacher), student)
+    actual = gradients(lambda *t: ours("frobenius", backend)(*t, *teacher), student)
     for name, got, expected in zip(PARTS[:3], actual, exact, strict=False):
         assert (got.double() - expected).norm() <= 3e-6 * expected.norm(), name
 
@@ -266,10 +343,10 @@ def test_kl_keeps_its_digits_near_the_teacher(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_student_equal_to_the_teacher(dtype: torch.dtype, loss: str) -> None:
-    student, _ = problem((150, 40, 24, 24), dtype, scale=17.0)
-    for result in gradients(lambda *t: ours(loss, "cpu")(*t, *student[:2]), student):
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(DTYPES, "cpu", "triton", "cuda"))
+def test_student_equal_to_the_teacher(backend: str, dtype: torch.dtype, loss: str) -> None:
+    student, _ = problem((150, 40, 24, 24), dtype, scale=17.0, backend=backend)
+    for result in gradients(lambda *t: ours(loss, backend)(*t, *student[:2]), student):
         assert not result.any()
 
 
@@ -304,7 +381,7 @@ def test_a_small_workspace_only_moves_the_last_digits() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_non_contiguous(loss: str, backend: str) -> None:
-    student, teacher = problem((9, 14, 6, 6), torch.float32)
+    student, teacher = problem((9, 14, 6, 6), torch.float32, backend=backend)
     expected = gradients(lambda *t: ours(loss, backend)(*t, *teacher), student)
     layouts: list[Callable[[Tensor], Tensor]] = [
         lambda t: t.T.contiguous().T,
@@ -324,15 +401,21 @@ def test_non_contiguous(loss: str, backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(4, 5, 8, 8), (40, 30, 4, 4), (40, 30, 4, 6)])
-@pytest.mark.parametrize("where", range(4))
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("loss", "value", "where", "shape", "backend"),
+    cases(
+        lambda loss, value, where, shape: (loss == "frobenius") == (value == math.inf) or shape[0] == 4,
+        LOSSES,
+        [math.nan, math.inf],
+        range(4),
+        [(4, 5, 8, 8), (40, 30, 4, 4), (40, 30, 4, 6)],
+        among=BACKENDS,
+    ),
+)
 def test_nan_in_gives_nan_out(
     loss: str, value: float, where: int, shape: tuple[int, int, int, int], backend: str
 ) -> None:
-    (image, text, scale), (soft_image, soft_text) = problem(shape, torch.float32)
+    (image, text, scale), (soft_image, soft_text) = problem(shape, torch.float32, backend=backend)
     features = [image, text, soft_image, soft_text]
     features[where][-1, 2] = value
     result, grad_image, grad_text, _ = gradients(
@@ -354,17 +437,18 @@ def test_nan_scale(name: str) -> None:
 @pytest.mark.parametrize("shape", [(5, 6, 8, 8), (50, 40, 4, 4), (50, 40, 4, 6)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_zero_rows_have_cosine_zero_and_no_gradient(loss: str, shape: tuple[int, int, int, int], backend: str) -> None:
-    (image, text, scale), teacher = problem(shape)
+    dtype = widest_dtype(backend)
+    (image, text, scale), teacher = problem(shape, dtype, backend=backend)
     image[1] = text[0] = 0
     teacher[0][2] = teacher[1][3] = 0
 
     def expected(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
         # A row of ones times 0 keeps its cosines at 0 without dividing by its norm.
-        keep_image, keep_text = torch.ones(shape[0], 1).double(), torch.ones(shape[1], 1).double()
+        keep_image, keep_text = torch.ones_like(i[:, :1]), torch.ones_like(t[:, :1])
         keep_image[1] = keep_text[0] = 0
         unit_image = (i + 1 - keep_image) / (i + 1 - keep_image).norm(dim=1, keepdim=True) * keep_image
         unit_text = (t + 1 - keep_text) / (t + 1 - keep_text).norm(dim=1, keepdim=True) * keep_text
-        soft_image, soft_text = (torch.nn.functional.normalize(x, dim=1) for x in teacher)
+        soft_image, soft_text = (torch.nn.functional.normalize(x.double(), dim=1) for x in teacher)
         relations, soft = unit_image @ unit_text.T, soft_image @ soft_text.T
         if loss == "frobenius":
             return ((relations - soft) ** 2).mean() + 0 * s
@@ -374,24 +458,28 @@ def test_zero_rows_have_cosine_zero_and_no_gradient(loss: str, shape: tuple[int,
             for dim in (0, 1)
         )
 
-    exact = gradients(expected, [image, text, scale])
+    exact = gradients(expected, double([image, text, scale]))
     actual = gradients(lambda *t: ours(loss, backend)(*t, *teacher), [image, text, scale])
     for got, want in zip(actual, exact, strict=True):
-        torch.testing.assert_close(got, want)
+        assert_matches_oracle(got, want, dtype)
     assert not actual[1][1].any()
     assert not actual[2][0].any()
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_size_of_features_does_not_matter(loss: str) -> None:
-    student, teacher = problem((12, 9, 20, 20), torch.float32)
-    expected = ours(loss)(*student, *teacher)
+def test_size_of_features_does_not_matter(loss: str, backend: str) -> None:
+    student, teacher = problem((12, 9, 20, 20), torch.float32, backend=backend)
+    expected = ours(loss, backend)(*student, *teacher)
     # Squares of these leave float32, and those of the last pair float64.
     for factor in (1e-25, 1e25):
-        got = ours(loss)(student[0] * factor, student[1] * factor, student[2], *[t * factor for t in teacher])
+        scaled = [t * factor for t in (*student[:2], *teacher)]
+        got = ours(loss, backend)(*scaled[:2], student[2], *scaled[2:])
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    if backend == "triton":
+        return
     for factor in (1e-200, 1e200):
-        got = ours(loss)(
+        got = ours(loss, backend)(
             student[0].double() * factor,
             student[1].double(),
             student[2].double(),
@@ -400,14 +488,15 @@ def test_size_of_features_does_not_matter(loss: str) -> None:
         torch.testing.assert_close(got.float(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_some_gradients_only(loss: str) -> None:
+def test_some_gradients_only(loss: str, backend: str) -> None:
     for shape in ((30, 40, 8, 8), (30, 40, 50, 50)):
-        student, teacher = problem(shape, torch.float32)
-        full = gradients(lambda *t: ours(loss, "cpu")(*t, *teacher), student)  # noqa: B023
+        student, teacher = problem(shape, torch.float32, backend=backend)
+        full = gradients(lambda *t: ours(loss, backend)(*t, *teacher), student)  # noqa: B023
         for wanted in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):
             leaves = [t.clone().requires_grad_(need) for t, need in zip(student, wanted, strict=True)]
-            ours(loss, "cpu")(*leaves, *teacher).backward()
+            ours(loss, backend)(*leaves, *teacher).backward()
             for leaf, need, gradient in zip(leaves, wanted, full[1:], strict=True):
                 assert torch.equal(leaf.grad, gradient) if need else leaf.grad is None
 
@@ -415,24 +504,26 @@ def test_some_gradients_only(loss: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_gradient_for_the_teacher(loss: str, backend: str) -> None:
-    student, teacher = problem((6, 7, 5, 5), torch.float32)
+    student, teacher = problem((6, 7, 5, 5), torch.float32, backend=backend)
     leaves = [t.requires_grad_() for t in [*student, *teacher]]
     ours(loss, backend)(*leaves).backward()
     assert leaves[0].grad is not None
     assert leaves[3].grad is None
     assert leaves[4].grad is None
-    soft = torch.tensor(3.0, requires_grad=True)
+    soft = on(backend, torch.tensor(3.0)).requires_grad_()
     relation_kl_loss(*leaves[:2], *leaves[3:], student_scale=2.0, teacher_scale=soft, backend=backend).backward()
     assert soft.grad is None
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_grad_gives_the_same_bits(loss: str) -> None:
-    student, teacher = problem((200, 150, 30, 40), torch.float32)
+def test_no_grad_gives_the_same_bits(loss: str, backend: str) -> None:
+    shape = (70, 50, 30, 40) if interpreted(backend) else (200, 150, 30, 40)
+    student, teacher = problem(shape, torch.float32, backend=backend)
     leaves = [t.requires_grad_() for t in student]
     with torch.no_grad():
-        inference = ours(loss)(*leaves, *teacher)
-    training = ours(loss)(*leaves, *teacher)
+        inference = ours(loss, backend)(*leaves, *teacher)
+    training = ours(loss, backend)(*leaves, *teacher)
     assert not inference.requires_grad
     assert training.requires_grad
     assert torch.equal(inference, training.detach())
@@ -446,41 +537,52 @@ def test_upstream_gradient_is_applied() -> None:
         torch.testing.assert_close(large.double() / 4096, small.double(), rtol=2e-3, atol=1e-7)
 
 
-def test_opcheck() -> None:
-    (image, text, scale), teacher = problem((6, 5, 4, 4), torch.float32)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend: str) -> None:
+    (image, text, scale), teacher = problem((6, 5, 4, 4), torch.float32, backend=backend)
+    for loss in LOSSES:
+        ours(loss, backend)(image, text, scale, *teacher)  # registers Triton's
+    operators = torch.ops.lcr2s_triton if backend == "triton" else torch.ops.lcr2s
     image, text, scale = (t.requires_grad_() for t in (image, text, scale))
     budget = 1 << 20
-    torch.library.opcheck(torch.ops.lcr2s.relation_frobenius.default, (image, text, *teacher, 2, budget, True, True))
+    torch.library.opcheck(operators.relation_frobenius.default, (image, text, *teacher, 2, budget, True, True))
     torch.library.opcheck(
-        torch.ops.lcr2s.relation_kl.default,
-        (image, text, *teacher, scale, torch.tensor(3.0), budget, True, True, True),
+        operators.relation_kl.default,
+        (image, text, *teacher, scale, on(backend, torch.tensor(3.0)), budget, True, True, True),
     )
     plain = [t.detach() for t in (image, text)]
     torch.library.opcheck(
-        torch.ops.lcr2s.relation_frobenius.default, (*plain, *[t.bfloat16() for t in teacher], 0, budget, False, False)
+        operators.relation_frobenius.default, (*plain, *[t.bfloat16() for t in teacher], 0, budget, False, False)
     )
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_compile_without_graph_breaks(loss: str) -> None:
-    student, teacher = problem((12, 9, 6, 6), torch.float32)
-    expected = gradients(lambda *t: ours(loss)(*t, *teacher), student)
-    compiled = torch.compile(ours(loss), fullgraph=True, dynamic=True)
+def test_compile_without_graph_breaks(loss: str, backend: str) -> None:
+    student, teacher = problem((12, 9, 6, 6), torch.float32, backend=backend)
+    expected = gradients(lambda *t: ours(loss, backend)(*t, *teacher), student)
+    compiled = torch.compile(ours(loss, backend), fullgraph=True, dynamic=True)
     for got, exact in zip(gradients(lambda *t: compiled(*t, *teacher), student), expected, strict=True):
         torch.testing.assert_close(got, exact, rtol=0, atol=0)
+
+
+def test_compiled_code_follows_the_chosen_backend() -> None:
+    student, teacher = problem((12, 9, 6, 6), torch.float32)
+    compiled = torch.compile(ours("kl"), fullgraph=True)
+    expected = compiled(*student, *teacher)
     with use_backend("reference"):
-        torch.testing.assert_close(compiled(*student, *teacher), expected[0])
+        torch.testing.assert_close(compiled(*student, *teacher), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_autocast_keeps_dtypes(loss: str, backend: str) -> None:
-    student, teacher = problem((20, 30, 16, 16), torch.float32)
+    student, teacher = problem((20, 30, 16, 16), torch.float32, backend=backend)
     mixed = [student[0].bfloat16(), student[1], student[2]]
     soft = [teacher[0], teacher[1].half()]
     exact = oracle(loss)(*double(mixed), *double(soft))
     leaves = [t.requires_grad_() for t in mixed]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(student[0].device.type, torch.bfloat16):
         value = ours(loss, backend)(*leaves, *soft)
         same = ours(loss, backend)(*student, *teacher)
     assert value.dtype == torch.float32
@@ -493,11 +595,12 @@ def test_autocast_keeps_dtypes(loss: str, backend: str) -> None:
         ours(loss, backend)(*mixed, *teacher)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_double_backward_is_refused(loss: str) -> None:
-    student, teacher = problem((5, 4, 3, 3))
+def test_double_backward_is_refused(loss: str, backend: str) -> None:
+    student, teacher = problem((5, 4, 3, 3), torch.float32, backend=backend)
     leaves = [t.requires_grad_() for t in student]
-    first = torch.autograd.grad(ours(loss)(*leaves, *teacher), leaves[:2], create_graph=True)
+    first = torch.autograd.grad(ours(loss, backend)(*leaves, *teacher), leaves[:2], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         first[0].sum().backward()
 
@@ -588,6 +691,20 @@ BAD_DIRECT = [
     ("kl", "teacher_scale", torch.ones(1, 1)),
     ("kl", "teacher_scale", torch.tensor(True)),
 ]
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
+def test_direct_frobenius_in_triton_is_refused(backend: str) -> None:
+    relation_frobenius_loss(*on(backend, [IMAGE, TEXT, SOFT_IMAGE, SOFT_TEXT]), backend=backend)  # imports it
+    function = torch.ops.lcr2s_triton.relation_frobenius
+    good = on(backend, DIRECT["frobenius"])
+    assert function(**good)[0].shape == ()
+    for loss, argument, bad in BAD_DIRECT:
+        if loss == "frobenius" and not (isinstance(bad, Tensor) and bad.dtype in (torch.float16, torch.float64)):
+            with pytest.raises((TypeError, ValueError), match=f"`{argument}`"):
+                function(**on(backend, {**good, argument: bad}))
+    with pytest.raises(TypeError, match=r"`teacher_text`.*float64"):
+        function(**{**good, "teacher_text": good["teacher_text"].double()})
 
 
 @pytest.mark.parametrize(("loss", "argument", "bad"), BAD_DIRECT)
