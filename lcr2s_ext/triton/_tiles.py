@@ -25,7 +25,7 @@ _WIDTH = 64
 _PACK_ROWS = 64 if INTERPRETED else 4
 _PACK_WIDTH = 256
 _GROUP = tl.constexpr(8)
-_UPCAST = tl.constexpr(INTERPRETED)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 class PackedRows(NamedTuple):
@@ -170,7 +170,7 @@ def tile_product(
     for _ in range(0, width, DEPTH):
         x = tl.load(a)
         y = tl.load(b)
-        if _UPCAST:
+        if _INTERPRETED:
             # The interpreter's dot takes bfloat16 for integers; a product of halves is exact in float32 anyway.
             x = x.to(tl.float32)
             y = y.to(tl.float32)
@@ -178,6 +178,18 @@ def tile_product(
         a += DEPTH
         b += DEPTH
     return total
+
+
+@triton.jit
+def rounded_product(a, b):
+    """a * b as one rounded value, not contracted with the sum it goes into: where it is formed twice, in two kernels or
+    for two equal operands, it is the same."""
+    if _INTERPRETED:
+        return a * b
+    else:  # noqa: RET505 - the other branch does not exist only for an else
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

@@ -197,13 +197,13 @@ def relation_kl_kernel(
             cosine = tl.load(slab + at + piece * WIDTH)
             teacher_cosine = tl.load(teacher_cosines + at + piece * WIDTH)
         else:
-            cosine = pieces[piece] * reciprocal * column_reciprocal
+            cosine = _tiles.rounded_product(pieces[piece] * reciprocal, column_reciprocal)
             teacher_column = tl.load(teacher_text_scalars + column)[None, :]
-            teacher_cosine = teacher_pieces[piece] * teacher_reciprocal * teacher_column
+            teacher_cosine = _tiles.rounded_product(teacher_pieces[piece] * teacher_reciprocal, teacher_column)
         # z - x, exact where scales agree and cosines are close.
         apart = teacher_factor * (teacher_cosine - cosine) + (teacher_factor - student_factor) * cosine
-        x = student_factor * LOG2E * cosine
-        z = teacher_factor * LOG2E * teacher_cosine
+        x = _tiles.rounded_product(student_factor * LOG2E, cosine)
+        z = _tiles.rounded_product(teacher_factor * LOG2E, teacher_cosine)
         student_e = tl.exp2(x)
         teacher_e = tl.exp2(z)
         of_column = column_coefficients + column
@@ -223,7 +223,7 @@ def relation_kl_kernel(
         column_sum += tl.sum(tl.where(inside, column_term, 0.0), 1)
         scale_sum += tl.sum(tl.where(inside, g * cosine, 0.0), 1)
         if STORE:
-            g *= (slab_scale * UNIT * UNIT) * reciprocal * column_reciprocal
+            g *= (slab_scale * UNIT * reciprocal) * (UNIT * column_reciprocal)
             tl.store(slab + at + piece * WIDTH, tl.where(inside, g, 0.0).to(slab.dtype.element_ty))
     tiles = row_tiles * column_tiles
     out = sums + row_tile * column_tiles + column_tile

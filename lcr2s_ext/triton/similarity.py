@@ -193,7 +193,8 @@ def similarity_statistics_kernel(
     for piece in tl.static_range(PIECES):
         start = column_start + piece * WIDTH
         column = start + tl.arange(0, WIDTH)
-        cosine = pieces[piece] * row_reciprocal * tl.load(text_scalars + column)[None, :]
+        column_reciprocal = tl.load(text_scalars + column)[None, :]
+        cosine = _tiles.rounded_product(pieces[piece] * row_reciprocal, column_reciprocal)
         if KEEP:
             at = cosines + row_start.to(tl.int64) * padded_columns + start
             tl.store(at + tl.arange(0, TILE_ROWS)[:, None] * padded_columns + tl.arange(0, WIDTH)[None, :], cosine)
@@ -204,15 +205,15 @@ def similarity_statistics_kernel(
         row_out = row_parts + (column_tile * PIECES + piece).to(tl.int64) * FIELDS * slab_rows
         if KIND == PROJECTION:
             norm = tl.load(image_scalars + 2 * padded_rows + row) * LOG2E
-            x = tl.where(inside, norm[:, None] * cosine, LOWEST)
+            x = tl.where(inside, _tiles.rounded_product(norm[:, None], cosine), LOWEST)
             store_parts(row_out, slab_rows, slab_row, row < rows, x, x, True, positive, 1, KIND, SHIFT)
             norm = tl.load(text_scalars + 2 * padded_columns + column) * LOG2E
-            x = tl.where(inside, norm[None, :] * cosine, LOWEST)
+            x = tl.where(inside, _tiles.rounded_product(norm[None, :], cosine), LOWEST)
             store_parts(column_out, padded_columns, column, column < columns, x, x, True, positive, 0, KIND, SHIFT)
         else:
             factor = logit_factor(scale, constant, KIND)
             shifted = is_shifted(factor, SHIFT)
-            x = tl.where(inside, factor * cosine, LOWEST)
+            x = tl.where(inside, _tiles.rounded_product(factor, cosine), LOWEST)
             e = tl.exp2(x)
             store_parts(row_out, slab_rows, slab_row, row < rows, x, e, shifted, positive, 1, KIND, SHIFT)
             store_parts(column_out, padded_columns, column, column < columns, x, e, shifted, positive, 0, KIND, SHIFT)
@@ -548,7 +549,7 @@ def similarity_gradient_kernel(
     row_start = (first_row_tile + row_tile) * TILE_ROWS
     column_start = (first_column_tile + column_tile) * TILE_COLUMNS
     row = row_start + tl.arange(0, TILE_ROWS)
-    row_reciprocal = UNIT * tl.load(image_scalars + row)[:, None]
+    row_reciprocal = tl.load(image_scalars + row)[:, None]
     of_row = image_coefficients + row
     row_weight = tl.load(weights)
     column_weight = tl.load(weights + 1)
@@ -569,20 +570,20 @@ def similarity_gradient_kernel(
     total = tl.zeros([TILE_ROWS], tl.float32)
     for piece in tl.static_range(PIECES):
         column = column_start + piece * WIDTH + tl.arange(0, WIDTH)
-        column_reciprocal = UNIT * tl.load(text_scalars + column)[None, :]
+        column_reciprocal = tl.load(text_scalars + column)[None, :]
         if KEPT:
             cosine = tl.load(out + piece * WIDTH)
         else:
-            cosine = pieces[piece] * row_reciprocal * (column_reciprocal / (UNIT * UNIT))
+            cosine = _tiles.rounded_product(pieces[piece] * row_reciprocal, column_reciprocal)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         positive = same_identity(image_ids, text_ids, row, column, rows, columns, HAS_IDS)
         of_column = text_coefficients + column
         if KIND == PROJECTION:
             row_norm = tl.load(image_scalars + 2 * padded_rows + row)[:, None]
             column_norm = tl.load(text_scalars + 2 * padded_columns + column)[None, :]
-            x = row_norm * LOG2E * cosine
+            x = _tiles.rounded_product(row_norm * LOG2E, cosine)
             by_row = row_weight * logit_gradient(x, x, True, positive, of_row, padded_rows, 1, KIND, SHIFT)
-            x = column_norm * LOG2E * cosine
+            x = _tiles.rounded_product(column_norm * LOG2E, cosine)
             by_column = column_weight * logit_gradient(x, x, True, positive, of_column, padded_columns, 0, KIND, SHIFT)
             total += tl.sum(tl.where(inside, by_row * cosine, 0.0), 1)
             at = column_sums + row_tile.to(tl.int64) * (column_tiles * TILE_COLUMNS)
@@ -593,14 +594,14 @@ def similarity_gradient_kernel(
         else:
             factor = logit_factor(scale, constant, KIND)
             shifted = is_shifted(factor, SHIFT)
-            x = factor * cosine
+            x = _tiles.rounded_product(factor, cosine)
             e = tl.exp2(x)
             g = row_weight * logit_gradient(x, e, shifted, positive, of_row, padded_rows, 1, KIND, SHIFT)
             g += column_weight * logit_gradient(x, e, shifted, positive, of_column, padded_columns, 0, KIND, SHIFT)
             total += tl.sum(tl.where(inside, g * cosine, 0.0), 1)
         if SCALED:
             g *= tl.load(weights + 2)
-        g *= row_reciprocal * column_reciprocal
+        g *= (UNIT * row_reciprocal) * (UNIT * column_reciprocal)
         tl.store(out + piece * WIDTH, tl.where(inside, g, 0.0).to(slab.dtype.element_ty))
     if KIND == PROJECTION:
         at = row_sums + column_tile.to(tl.int64) * (row_tiles * TILE_ROWS)
@@ -776,12 +777,14 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row_parts = empty(row_pieces, fields, slab)
     column_parts = empty(slab // shape.rows + 1, fields, columns)
     image_coefficients, text_coefficients = empty(_COEFFICIENTS[kind], rows), empty(_COEFFICIENTS[kind], columns)
-    row_programs, programs = rows // _MERGE_ROWS, (rows + columns) // _MERGE_ROWS
+    row_programs = triton.cdiv(image.rows, _MERGE_ROWS)
+    programs = row_programs + triton.cdiv(text.rows, _MERGE_ROWS)
     totals = empty(3, programs, dtype=torch.float64)
 
     def finish(side: PackedRows, parts: Tensor, first: int, count: int, begin: int, size: int) -> None:
         of_text = side is text
-        wrap_triton(similarity_finish_kernel)[(size // _MERGE_ROWS,)](
+        size = min(size, side.rows - begin)
+        wrap_triton(similarity_finish_kernel)[(triton.cdiv(size, _MERGE_ROWS),)](
             parts,
             parts.shape[2],
             first,
@@ -793,7 +796,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             text_coefficients if of_text else image_coefficients,
             side.data.shape[0],
             totals,
-            (rows if of_text else 0) // _MERGE_ROWS + begin // _MERGE_ROWS,
+            row_programs * of_text + begin // _MERGE_ROWS,
             programs,
             call.eps,
             call.margin,
