@@ -66,11 +66,13 @@ emulate: $(STAMP)
 	done
 	LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-lib/lcr2s_ext/liblcr2s.so $(BIN)/python python_tests/cuda/orders.py
 
-# The same under AddressSanitizer and UBSan, with the checks of a debug build: a part of the tests, in a third order.
+# The same under AddressSanitizer and a part of UBSan (all of it takes minutes to compile), with the checks of a debug build, in
+# a third order.
 EMULATE_SANITIZE_FILTER ?= $(EMULATE_FILTER)
 emulate-sanitize: $(STAMP)
 	@mkdir -p build
-	flock build/.emulated.lock env LCR2S_EMULATE_CUDA=1 LCR2S_CUDA=0 LCR2S_DEBUG=1 LCR2S_SANITIZE=address,undefined \
+	flock build/.emulated.lock env LCR2S_EMULATE_CUDA=1 LCR2S_CUDA=0 LCR2S_DEBUG=1 \
+	  LCR2S_SANITIZE=address,alignment,signed-integer-overflow,shift \
 	  LCR2S_BUILD_DIR=$(EMULATED)-sanitized $(BIN)/python setup.py -q build_ext --build-lib $(EMULATED)-sanitized-lib
 	LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-sanitized-lib/lcr2s_ext/liblcr2s.so LCR2S_EMULATE_ORDER=random:1 \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \

@@ -81,8 +81,8 @@ void wait_until(const Predicate& predicate, const char* what, Site site = Site::
 void barrier_sync(int id, int threads, const char* what = "barrier", Site site = Site::current());
 void barrier_arrive(int id, int threads, const char* what = "barrier", Site site = Site::current());
 
-// Whether an asynchronous instruction that is issued now is carried out at once (always in reverse order of threads, never
-// in forward order, by chance in random order) or as late as can be, so that a missing wait shows in one of them.
+// Whether an asynchronous instruction that is issued now is carried out at once (always in reverse order of threads,
+// never in forward order, by chance in random order) or as late as can be, so that a missing wait shows in one of them.
 bool work_at_once();
 // Work of an asynchronous engine (a bulk copy, say), which as late as can be is when no thread of the block can go on
 // without it. A block must not end before its work is done.
