@@ -43,7 +43,9 @@ def _export_torch() -> None:
 
 
 def _requirements(base: list[str]) -> list[str]:
-    return base if _surrounding_torch() or "LCR2S_TORCH_DIR" in os.environ else [*base, "torch>=2.11"]
+    if os.environ.get("LCR2S_PURE") == "1" or "LCR2S_TORCH_DIR" in os.environ or _surrounding_torch():
+        return base
+    return [*base, "torch>=2.11"]
 
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:

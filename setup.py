@@ -38,7 +38,7 @@ def torch_version(directory: Path) -> str:
 
 
 def cuda_options() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST ("8.0 9.0a+PTX") as CMake options; LCR2S_CUDA, LCR2S_EMULATE_CUDA, LCR2S_DEBUG as they are."""
+    """TORCH_CUDA_ARCH_LIST ("8.0 9.0a+PTX") as CMake options; LCR2S_CUDA, LCR2S_EMULATE_CUDA, LCR2S_DEBUG as is."""
     choice = os.environ.get("LCR2S_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"LCR2S_CUDA must be 0, 1 or auto, got {choice!r}")
@@ -107,4 +107,15 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("lcr2s_ext.native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+def pure() -> bool:
+    """Whether to build without a compiler: Python, PyTorch and Triton alone."""
+    choice = os.environ.get("LCR2S_PURE", "0")
+    if choice not in ("0", "1"):
+        raise SystemExit(f"LCR2S_PURE must be 0 or 1, got {choice!r}")
+    return choice == "1"
+
+
+if pure():
+    setup(exclude_package_data={"lcr2s_ext": ["*.so"]})
+else:
+    setup(ext_modules=[Extension("lcr2s_ext.native", sources=[])], cmdclass={"build_ext": CMakeBuild})
