@@ -50,7 +50,7 @@ sanitize: build
 
 # The CUDA kernels on the host (docs/emulator.md): the operators' tests with every CPU tensor going through the CUDA side, in
 # two orders of threads and with the paths of two generations of GPUs.
-EMULATED := build/emulated
+EMULATED := $(CURDIR)/build/emulated
 EMULATE_TESTS ?= $(patsubst %,python_tests/ops/test_%.py,support_attention similarity relation retrieval)
 # What the kernels have no part in is left out.
 EMULATE_FILTER ?= not triton and not reference and not opcheck and not compile
@@ -60,11 +60,11 @@ emulate: $(STAMP)
 	flock build/.emulated.lock env LCR2S_EMULATE_CUDA=1 LCR2S_CUDA=0 LCR2S_BUILD_DIR=$(EMULATED) \
 	  $(BIN)/python setup.py -q build_ext --build-lib $(EMULATED)-lib
 	for run in $(EMULATE_RUNS); do \
-	  LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-lib/lcr2s_ext/liblcr2s.so \
+	  LCR2S_LIBRARY=$(EMULATED)-lib/lcr2s_ext/liblcr2s.so \
 	  LCR2S_EMULATE_ORDER=$${run%-*} LCR2S_EMULATE_CAPABILITY=$${run#*-} \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 -k "$(EMULATE_FILTER)" $(EMULATE_TESTS) || exit 1; \
 	done
-	LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-lib/lcr2s_ext/liblcr2s.so $(BIN)/python python_tests/cuda/orders.py
+	LCR2S_LIBRARY=$(EMULATED)-lib/lcr2s_ext/liblcr2s.so $(BIN)/python python_tests/cuda/orders.py
 
 # The same under AddressSanitizer and a part of UBSan (all of it takes minutes to compile), with the checks of a debug build, in
 # a third order.
@@ -74,7 +74,7 @@ emulate-sanitize: $(STAMP)
 	flock build/.emulated.lock env LCR2S_EMULATE_CUDA=1 LCR2S_CUDA=0 LCR2S_DEBUG=1 \
 	  LCR2S_SANITIZE=address,alignment,signed-integer-overflow,shift \
 	  LCR2S_BUILD_DIR=$(EMULATED)-sanitized $(BIN)/python setup.py -q build_ext --build-lib $(EMULATED)-sanitized-lib
-	LCR2S_LIBRARY=$(CURDIR)/$(EMULATED)-sanitized-lib/lcr2s_ext/liblcr2s.so LCR2S_EMULATE_ORDER=random:1 \
+	LCR2S_LIBRARY=$(EMULATED)-sanitized-lib/lcr2s_ext/liblcr2s.so LCR2S_EMULATE_ORDER=random:1 \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider -k "$(EMULATE_SANITIZE_FILTER)" $(EMULATE_TESTS)
