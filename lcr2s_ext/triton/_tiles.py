@@ -261,10 +261,10 @@ class SlabProducts:
         self.text: Tensor | None = None
 
     def add(self, slab: Tensor, block: Block) -> None:
-        """Add what `block` gives; its slab is (block.rows, at least block.columns), zero in the padding."""
+        """Add what `block` gives; its slab is in the corner of `slab`, zero in the padding."""
         image, text = self._image, self._text
         rows, columns = min(block.rows, image.rows - block.row), min(block.columns, text.rows - block.column)
-        slab = slab[:, : block.columns]
+        slab = slab[: block.rows, : block.columns]
         if self._need_image:
             part = product(slab[:rows], text.data[block.column : block.column + block.columns, : text.width])
             self.image = _add(self.image, part, block.row, image.rows, block.column == 0)

@@ -69,6 +69,18 @@ def frobenius(dtype: torch.dtype, rows: int, width: int, teacher_width: int) -> 
     return *student, *teacher, 2, 1 << 28, True, True
 
 
+def similarity(loss: str, dtype: torch.dtype, rows: int, columns: int, width: int) -> tuple[Any, ...]:
+    features = meta(rows, width, dtype=dtype), meta(columns, width, dtype=dtype)
+    ids = meta(rows, dtype=torch.int64), meta(columns, dtype=torch.int32)
+    options = {"info_nce": (meta(),), "sdm": (meta(), 1e-8), "cmpm": (True, 1e-8), "tal": (0.1, 0.015)}[loss]
+    return *features, *ids, *options, 1 << 23, *[True] * (3 if loss in ("info_nce", "sdm") else 2)
+
+
+def divergence(dtype: torch.dtype, rows: int, width: int, teacher_width: int) -> tuple[Any, ...]:
+    student, teacher = ([meta(rows, w, dtype=dtype) for _ in range(2)] for w in (width, teacher_width))
+    return *student, *teacher, meta(), meta(), 1 << 26, True, True, True
+
+
 TOPK_TILES = frozenset({"topk_similarity_maxima_kernel", "topk_similarity_rescore_kernel"})
 METRICS_TILES = frozenset({"retrieval_metrics_positives_kernel", "retrieval_metrics_count_kernel"})
 HALVES = (torch.bfloat16, torch.float16)
@@ -92,5 +104,23 @@ CASES += [
     for shape in (
         (torch.bfloat16, 8192, 512, 512),  # Gram matrices of differences
         (torch.float32, 256, 512, 1000),  # relations themselves, widths that differ
+    )
+]
+SIMILARITY_TILES = frozenset({"similarity_statistics_kernel", "similarity_gradient_kernel"})
+CASES += [
+    Case(op, lambda op=op, dtype=dtype: similarity(op, dtype, 8192, 4100, 512), tiles)
+    for op, dtype, tiles in (
+        ("info_nce", torch.float16, SIMILARITY_TILES),
+        ("sdm", torch.bfloat16, SIMILARITY_TILES),
+        ("cmpm", torch.bfloat16, SIMILARITY_TILES),
+        ("tal", torch.bfloat16, SIMILARITY_TILES),
+        ("sdm", torch.float32, frozenset()),
+    )
+]
+CASES += [
+    Case("relation_kl", lambda shape=shape: divergence(*shape), tiles)
+    for shape, tiles in (
+        ((torch.bfloat16, 8192, 512, 768), frozenset({"similarity_statistics_kernel", "relation_kl_kernel"})),
+        ((torch.float32, 1000, 512, 768), frozenset()),  # cosines kept
     )
 ]
