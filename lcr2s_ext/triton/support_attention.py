@@ -15,8 +15,11 @@ from lcr2s_ext import _checks
 from lcr2s_ext.triton._launch import operator, wrap_triton
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TILE = 2048
-"""Elements of a gathered block that a program aims at; 16 registers of each of 128 threads."""
+_COUNTS = ["queries", "pool_rows", "entries"]
+"""Arguments that change from batch to batch: no kernel is compiled anew because one is a multiple of 16."""
+_TILE = 1024
+"""Elements of a gathered block for a warp, 32 registers of each thread. Programs aim at one warp: its sums need no
+barrier, and gathering is hidden by the other programs of a multiprocessor."""
 _WIDEST = 8192
 """And the most it takes: wider heads are cut."""
 
@@ -89,7 +92,7 @@ def _scores(
     return tl.where((exists & ~follow)[:, None], float("nan"), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def support_attention_forward_kernel(
     query,
     key,
@@ -156,7 +159,7 @@ def support_attention_forward_kernel(
     _store_row(out, row, result, head, at, HEADS, VALUE_WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def support_attention_backward_query_kernel(
     grad_out,
     query_gradient,
@@ -272,7 +275,7 @@ def _pool_gradient(
     _store_row(result, row, scale * total, head, at, HEADS, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def support_attention_backward_pool_kernel(
     grad_out,
     query,
@@ -390,7 +393,7 @@ class _Plan:
         fitting = max(_TILE // (self.block * slice_width), 1)
         self.head_slice = min(triton.next_power_of_2(max(heads, 1)), fitting)
         self.slices = triton.cdiv(heads, self.head_slice)
-        self.num_warps = 8 if self.block * self.head_slice * slice_width > 2 * _TILE else 4
+        self.num_warps = max(self.block * self.head_slice * slice_width // _TILE, 1)
 
     def options(self) -> dict[str, int]:
         return {
