@@ -29,62 +29,66 @@ template <class Element>
 constexpr bool kRuns<TileMma<Element>> = false;
 #endif
 
-// Statistics of a square of tiles, and their cosines where they are kept.
+template <class Tile>
+using MemoryOf = TileMemory<typename Tile::Value, Tile::kCols>;
+
+// Pass 1: statistics of a square of tiles, and their cosines where they are kept. Pass 2, where there is a block to
+// write: dL/dc of one tile, its cosines formed again. One kernel, for the products are most of its code.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>)
-    similarity_statistics_kernel(const __grid_constant__ SimilarityCall<ArithmeticOf<Tile>> call) {
+    similarity_tile_kernel(const __grid_constant__ SimilarityCall<ArithmeticOf<Tile>> call,
+                           const __grid_constant__ SimilarityBlock block) {
   if constexpr (kRuns<Tile>) {
     using T = ArithmeticOf<Tile>;
     Tile tile(dynamic_shared());
-    const TileMemory<T> memory(dynamic_shared(), true);
-    const int strip = static_cast<int>(call.strip);
+    const MemoryOf<Tile> memory(dynamic_shared(), true);
+    const bool gradient = block.out != nullptr;
+    const int strip = gradient ? 1 : static_cast<int>(call.strip);
 #pragma unroll 1
     for (int step = 0; step < strip * strip; ++step) {
       // Worked out anew for every tile: a product leaves no registers for what could be kept.
-      const int block = opaque(static_cast<int>(blockIdx.x)), across = static_cast<int>(call.image.strips);
-      const int strip_row = block / across, strip_column = block % across;
-      const int i = strip_row * strip + step / strip, j = strip_column * strip + step % strip;
+      const int index = opaque(static_cast<int>(blockIdx.x)), across = static_cast<int>(call.image.strips);
+      const int strip_row = index / across, strip_column = index % across;
+      int i = strip_row * strip + step / strip, j = strip_column * strip + step % strip;
+      if (gradient) {
+        const TileIndex at = tile_of_block(index, block.row_tiles, block.column_tiles);
+        i = static_cast<int>(block.first_row_tile + at.row);
+        j = static_cast<int>(block.first_column_tile + at.column);
+      }
       if (i >= call.image.tiles || j >= call.text.tiles) continue;
       form_tile(tile, call, i, j, memory);
-      tile_statistics(call, i, j, step % strip == 0, step < strip, strip_column, strip_row, memory);
-      if (call.kept != nullptr) keep_tile(call, i, j, memory);
-      __syncthreads();
+      if (gradient) {
+        load_coefficients(call, i, j, call.scalars->weight, memory);
+        __syncthreads();
+        gradient_to_block<typename Tile::Element, T>(call, i, j, memory.tile, MemoryOf<Tile>::kStride, true, block,
+                                                     memory);
+      } else {
+        tile_statistics(call, i, j, step % strip == 0, step < strip, strip_column, strip_row, memory);
+        if (call.kept != nullptr) keep_tile(call, i, j, memory);
+        __syncthreads();
+      }
     }
   }
 }
 
-// A tile of a block of dL/dc, its cosines formed again.
-template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>)
-    similarity_gradient_kernel(const __grid_constant__ SimilarityCall<ArithmeticOf<Tile>> call,
-                               const __grid_constant__ SimilarityBlock block) {
-  if constexpr (kRuns<Tile>) {
-    using T = ArithmeticOf<Tile>;
-    Tile tile(dynamic_shared());
-    const TileMemory<T> memory(dynamic_shared(), true);
-    const TileIndex at = tile_of_block(blockIdx.x, block.row_tiles, block.column_tiles);
-    const int64_t i = block.first_row_tile + at.row, j = block.first_column_tile + at.column;
-    form_tile(tile, call, i, j, memory);
-    load_coefficients(call, i, j, call.scalars->weight, memory);
-    __syncthreads();
-    gradient_to_block<typename Tile::Element>(call, at, i, memory.tile, TileMemory<T>::kStride, true, block, memory);
-  }
-}
+// Tiles of kept cosines, as large as those that wrote them.
+template <class T>
+using KeptMemory = TileMemory<T, sizeof(T) == 8 ? 64 : 128>;
 
-// The same from the kept cosines.
+// Pass 2 from the kept cosines.
 template <class Element>
 __global__ void __launch_bounds__(kTileThreads)
     similarity_gradient_kept_kernel(const __grid_constant__ SimilarityCall<Accumulate<Element>> call,
                                     const __grid_constant__ SimilarityBlock block) {
   using T = Accumulate<Element>;
-  const TileMemory<T> memory(dynamic_shared(), false);
+  const KeptMemory<T> memory(dynamic_shared(), false);
   const TileIndex at = tile_of_block(blockIdx.x, block.row_tiles, block.column_tiles);
   const int64_t i = block.first_row_tile + at.row, j = block.first_column_tile + at.column;
   load_sides(call, i, j, memory);
   load_coefficients(call, i, j, call.scalars->weight, memory);
   __syncthreads();
-  const T* kept = call.kept + i * kTileRows * call.kept_stride + j * TileMemory<T>::kCols;
-  gradient_to_block<Element>(call, at, i, kept, call.kept_stride, false, block, memory);
+  const T* kept = call.kept + i * kTileRows * call.kept_stride + j * KeptMemory<T>::kCols;
+  gradient_to_block<Element, T>(call, i, j, kept, call.kept_stride, false, block, memory);
 }
 
 template <class Element>
@@ -141,12 +145,12 @@ __device__ __attribute__((noinline)) void finish_rows_apart(const SimilarityCall
 // All of it in one launch: each block forms one tile of cosines, which stays in its shared memory until dL/dc is made
 // of it, and the products with dL/dc are tile products too.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, kResident<Tile>)
     similarity_cooperative_kernel(const __grid_constant__ SimilarityCall<ArithmeticOf<Tile>> call) {
   using T = ArithmeticOf<Tile>;
   using Element = typename Tile::Element;
   Tile tile(dynamic_shared());
-  const TileMemory<T> memory(dynamic_shared(), true);
+  const MemoryOf<Tile> memory(dynamic_shared(), true);
   double* scratch = memory.scratch;
   const int64_t i = blockIdx.x / call.text.tiles, j = blockIdx.x % call.text.tiles;
   const bool has_tile = blockIdx.x < call.image.tiles * call.text.tiles;
@@ -239,7 +243,9 @@ SimilarityCall<T> call_of(const SimilarityArgs& args) {
 
 template <class Tile>
 constexpr int64_t tile_shared_bytes() {
-  return TileMemory<ArithmeticOf<Tile>>::bytes(Tile::kScratchBytes, Tile::kSharedBytes);
+  constexpr int64_t bytes = MemoryOf<Tile>::bytes(Tile::kScratchBytes, Tile::kSharedBytes);
+  static_assert(bytes > 0);
+  return bytes;
 }
 
 int64_t blocks_for_rows(const SimilarityPlan& plan) {
@@ -270,14 +276,14 @@ const char* statistics(const SimilarityArgs& args, void* stream) {
   using T = ArithmeticOf<Tile>;
   using Element = typename Tile::Element;
   const SimilarityCall<T> call = call_of<T>(args);
-  const int64_t scratch = TileMemory<T>::kScratchBytes;
+  const int64_t scratch = MemoryOf<Tile>::kScratchBytes;
   return Launches()
       .then([&] {
         return launch(similarity_pack_kernel<Element>, blocks_for_rows(args.plan), kTileThreads, 0, stream, call);
       })
       .then([&] {
-        return launch(similarity_statistics_kernel<Tile>, args.plan.image.strips * args.plan.text.strips,
-                      Tile::kThreads, tile_shared_bytes<Tile>(), stream, call);
+        return launch(similarity_tile_kernel<Tile>, args.plan.image.strips * args.plan.text.strips, Tile::kThreads,
+                      tile_shared_bytes<Tile>(), stream, call, SimilarityBlock{});
       })
       .then([&] {
         return launch(similarity_finalise_kernel<T>, finalise_tasks(args.plan), kTileThreads, scratch, stream, call);
@@ -306,9 +312,8 @@ const char* gradient_block(const SimilarityArgs& args, const SimilarityBlock& bl
   const int64_t tiles = block.row_tiles * block.column_tiles;
   if (args.plan.path == SimilarityPath::kept)
     return launch(similarity_gradient_kept_kernel<typename Tile::Element>, tiles, kTileThreads,
-                  TileMemory<T>::kSideBytes, stream, call, block);
-  return launch(similarity_gradient_kernel<Tile>, tiles, Tile::kThreads, tile_shared_bytes<Tile>(), stream, call,
-                block);
+                  KeptMemory<T>::kSideBytes, stream, call, block);
+  return launch(similarity_tile_kernel<Tile>, tiles, Tile::kThreads, tile_shared_bytes<Tile>(), stream, call, block);
 }
 
 template <class Tile>
@@ -339,7 +344,7 @@ template <class F>
 const char* with_cooperative_tile(DType element, const F& step) {
   switch (element) {
     case DType::float32:
-      return step(Engine<TileFloat>{});
+      return step(Engine<TileSimt<float, 64, true>>{});
     case DType::float64:
 #ifdef LCR2S_EMULATE_CUDA
       return step(Engine<TileDouble>{});
@@ -347,9 +352,9 @@ const char* with_cooperative_tile(DType element, const F& step) {
       return "float64 has no cooperative kernel";
 #endif
     case DType::bfloat16:
-      return step(Engine<TileMma<BFloat16>>{});
+      return step(Engine<TileMma<BFloat16, 64>>{});
     case DType::float16:
-      return step(Engine<TileMma<Half>>{});
+      return step(Engine<TileMma<Half, 64>>{});
   }
   return "unknown dtype";
 }

@@ -153,20 +153,16 @@ inline SimilarityPlan plan_similarity(const SimilarityShape& s) {
   using namespace similarity_plan;
   SimilarityPlan plan{};
   plan.gradient = s.need_image || s.need_text;
-  plan.tile_columns = s.arithmetic_bytes == 8 ? kTile / 2 : kTile;
-  const int64_t row_tiles = ceil_div(s.rows, kTile);
-  const int64_t column_tiles = ceil_div(s.columns, plan.tile_columns);
-  plan.strip = 1;
-  while (ceil_div(row_tiles, plan.strip) * ceil_div(column_tiles, plan.strip) > kBlocksMost) plan.strip *= 2;
-
   const int64_t panels = (s.need_image ? panels_bytes(s.rows, s.columns, s.element_bytes) : 0) +
                          (s.need_text ? panels_bytes(s.columns, s.rows, s.element_bytes) : 0);
   const int64_t kept_stride = round_up(s.columns, kTile);
   const int64_t kept_bytes = s.rows * kept_stride * s.arithmetic_bytes;
   const int64_t block_bytes =
       s.element_bytes < s.arithmetic_bytes ? round_up(s.rows, kTile) * kept_stride * s.element_bytes : 0;
+  const int64_t row_tiles = ceil_div(s.rows, kTile);
+  const int64_t narrow_tiles = ceil_div(s.columns, kTile / 2);
   if (s.rows <= kCooperativeRowsMost && s.columns <= kCooperativeRowsMost &&
-      row_tiles * column_tiles <= s.cooperative_blocks && panels <= s.workspace_bytes) {
+      row_tiles * narrow_tiles <= s.cooperative_blocks && panels <= s.workspace_bytes) {
     plan.path = SimilarityPath::cooperative;
   } else if (plan.gradient && kept_bytes + block_bytes <= s.workspace_bytes && keeping_pays(s, kept_bytes)) {
     plan.path = SimilarityPath::kept;
@@ -179,6 +175,11 @@ inline SimilarityPlan plan_similarity(const SimilarityShape& s) {
   }
 
   const bool cooperative = plan.path == SimilarityPath::cooperative;
+  // Small problems in narrow tiles, which are more and keep more of the device busy.
+  plan.tile_columns = cooperative || s.arithmetic_bytes == 8 ? kTile / 2 : kTile;
+  const int64_t column_tiles = ceil_div(s.columns, plan.tile_columns);
+  plan.strip = 1;
+  while (ceil_div(row_tiles, plan.strip) * ceil_div(column_tiles, plan.strip) > kBlocksMost) plan.strip *= 2;
   Layout layout;
   plan_side(s, s.rows, s.columns, row_tiles, ceil_div(column_tiles, plan.strip), cooperative && s.need_image, layout,
             plan.image);

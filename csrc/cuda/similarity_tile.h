@@ -76,10 +76,12 @@ struct SimilarityBlock {
 };
 
 // What a block keeps in shared memory about its tile; the tile takes the place of the product's operands.
-template <class T>
+template <class T_, int kCols_>
 struct TileMemory {
-  static constexpr int kCols = sizeof(T) == 8 ? 64 : 128;
+  using T = T_;
+  static constexpr int kCols = kCols_;
   static constexpr int kPack = kPackBytes / static_cast<int>(sizeof(T));
+  static constexpr int kRowPacks = kCols / kPack;
   // Odd in packs: packs of neighbouring rows, and elements of neighbouring columns, lie in different banks.
   static constexpr int kStride = kCols + kPack;
   static constexpr int kTileBytes = kTileRows * kStride * static_cast<int>(sizeof(T));
@@ -201,26 +203,27 @@ __device__ void pack_rows(const SimilarityCall<T>& call) {
 // ---- Pass 1: a tile of cosines and its statistics ----
 
 // Factors, identities and logit scales of the tile's rows and columns.
-template <class T>
-__device__ void load_sides(const SimilarityCall<T>& call, int64_t i, int64_t j, const TileMemory<T>& memory) {
+template <class T, class Memory>
+__device__ void load_sides(const SimilarityCall<T>& call, int64_t i, int64_t j, const Memory& memory) {
   const int t = opaque(static_cast<int>(threadIdx.x));
   const bool is_text = t >= kTileRows;
-  if (is_text && t - kTileRows >= TileMemory<T>::kCols) return;
+  if (is_text && t - kTileRows >= Memory::kCols) return;
   const SimilarityRows<T>& side = is_text ? call.text : call.image;
-  const int64_t at = is_text ? j * TileMemory<T>::kCols + t - kTileRows : i * kTileRows + t;
+  const int64_t at = is_text ? j * Memory::kCols + t - kTileRows : i * kTileRows + t;
   memory.factor[t] = side.factor[at];
   memory.id[t] = side.id[at];
   memory.scale[t] = side.scale[at];
 }
 
 // A tile's elements into shared memory.
-template <class Tile, class T>
-__device__ __forceinline__ void stage_tile(const typename Tile::Accumulator& c, const TileMemory<T>& memory) {
+template <class Tile, class Memory>
+__device__ __forceinline__ void stage_tile(const typename Tile::Accumulator& c, const Memory& memory) {
+  using T = typename Tile::Value;
 #pragma unroll
   for (int r = 0; r < Tile::kThreadRows; ++r) {
 #pragma unroll
     for (int u = 0; u < Tile::kThreadCols; u += 2) {
-      T* place = memory.tile + Tile::row(r) * TileMemory<T>::kStride + Tile::col(u);
+      T* place = memory.tile + Tile::row(r) * Memory::kStride + Tile::col(u);
       if constexpr (Tile::kPairs) {
         store_pack(place, Pack<T, 2>{{c.at(r, u), c.at(r, u + 1)}});
       } else {
@@ -232,9 +235,9 @@ __device__ __forceinline__ void stage_tile(const typename Tile::Accumulator& c, 
 }
 
 // Products of scaled rows, and what belongs to the tile's rows and columns.
-template <class Tile, class T>
+template <class Tile, class T, class Memory>
 __device__ __forceinline__ void form_tile(Tile& tile, const SimilarityCall<T>& call, int64_t i, int64_t j,
-                                          const TileMemory<T>& memory) {
+                                          const Memory& memory) {
   // Set, so that ptxas does not take what the last tile left for something that is still wanted.
   typename Tile::Accumulator c{};
   tile.multiply(c, call.image.panels, i, call.text.panels, j);
@@ -249,11 +252,11 @@ constexpr int kStep = sizeof(T) == 8 ? 2 : 8;
 
 // The statistics of one row of the tile or, where `is_column`, of one column, of `count` cosines, added to those at
 // `place` unless there are none yet. One code for both: a warp has rows or columns only.
-template <class Policy, class T>
+template <class Policy, class T, class Memory>
 __device__ __forceinline__ void line_statistics(bool is_column, int line, int count, T* place, int64_t stride,
-                                                bool first, const TileMemory<T>& memory) {
-  constexpr int kPack = TileMemory<T>::kPack;
-  constexpr int kStride = TileMemory<T>::kStride;
+                                                bool first, const Memory& memory) {
+  constexpr int kPack = Memory::kPack;
+  constexpr int kStride = Memory::kStride;
   const int own = (is_column ? kTileRows : 0) + line, crossing = is_column ? 0 : kTileRows;
   const T* products = memory.tile + (is_column ? line : line * kStride);
   const T a = memory.scale[own], factor = memory.factor[own];
@@ -297,11 +300,11 @@ __device__ __forceinline__ void line_statistics(bool is_column, int line, int co
 }
 
 // Half of the threads take a row of the tile each, the others a column.
-template <class T>
+template <class T, class Memory>
 __device__ __forceinline__ void tile_statistics(const SimilarityCall<T>& call, int64_t i, int64_t j, bool first_of_row,
                                                 bool first_of_column, int64_t row_strip, int64_t column_strip,
-                                                const TileMemory<T>& memory) {
-  constexpr int kCols = TileMemory<T>::kCols;
+                                                const Memory& memory) {
+  constexpr int kCols = Memory::kCols;
   const int64_t row0 = i * kTileRows, column0 = j * kCols;
   const int rows = static_cast<int>(smaller(call.image.rows - row0, kTileRows));
   const int columns = static_cast<int>(smaller(call.text.rows - column0, kCols));
@@ -318,19 +321,24 @@ __device__ __forceinline__ void tile_statistics(const SimilarityCall<T>& call, i
   });
 }
 
-// Calls f(row, column) for packs of a tile's row, so that a warp has a row.
-template <class T, class F>
+// Calls f(row, column) for packs of the tile's first `rows` rows. A thread's packs are all in one column.
+template <class Memory>
+__device__ __forceinline__ int pack_column() {
+  return lane_index() % Memory::kRowPacks * Memory::kPack;
+}
+template <class Memory, class F>
 __device__ __forceinline__ void for_packs(int rows, const F& f) {
-  const int column = lane_index() * TileMemory<T>::kPack;
-  for (int row = warp_index(); row < rows; row += kTileThreads / kWarp) f(row, column);
+  constexpr int kStep = kTileThreads / Memory::kRowPacks;
+  for (int row = static_cast<int>(threadIdx.x) / Memory::kRowPacks; row < rows; row += kStep)
+    f(row, pack_column<Memory>());
 }
 
-template <class T>
-__device__ void keep_tile(const SimilarityCall<T>& call, int64_t i, int64_t j, const TileMemory<T>& memory) {
-  constexpr int kPack = TileMemory<T>::kPack;
-  T* out = call.kept + i * kTileRows * call.kept_stride + j * TileMemory<T>::kCols;
-  for_packs<T>(static_cast<int>(smaller(call.image.rows - i * kTileRows, kTileRows)), [&](int row, int column) {
-    Pack<T, kPack> c = load_pack<T, kPack>(memory.tile + row * TileMemory<T>::kStride + column);
+template <class T, class Memory>
+__device__ void keep_tile(const SimilarityCall<T>& call, int64_t i, int64_t j, const Memory& memory) {
+  constexpr int kPack = Memory::kPack;
+  T* out = call.kept + i * kTileRows * call.kept_stride + j * Memory::kCols;
+  for_packs<Memory>(static_cast<int>(smaller(call.image.rows - i * kTileRows, kTileRows)), [&](int row, int column) {
+    Pack<T, kPack> c = load_pack<T, kPack>(memory.tile + row * Memory::kStride + column);
 #pragma unroll
     for (int u = 0; u < kPack; ++u) c.at[u] *= memory.factor[row] * memory.factor[kTileRows + column + u];
     store_pack(out + row * call.kept_stride + column, c);
@@ -439,14 +447,14 @@ __device__ SimilarityScalars<T> total(const SimilarityCall<T>& call, double* scr
 // ---- Pass 2: dL/dc of a tile ----
 
 // Coefficients of the tile's rows and columns, weighted; zero outside.
-template <class T>
+template <class T, class Memory>
 __device__ void load_coefficients(const SimilarityCall<T>& call, int64_t i, int64_t j, const T* weight,
-                                  const TileMemory<T>& memory) {
+                                  const Memory& memory) {
   const int t = static_cast<int>(threadIdx.x);
   const bool is_text = t >= kTileRows;
-  if (is_text && t - kTileRows >= TileMemory<T>::kCols) return;
+  if (is_text && t - kTileRows >= Memory::kCols) return;
   const SimilarityRows<T>& side = is_text ? call.text : call.image;
-  const int64_t at = is_text ? j * TileMemory<T>::kCols + t - kTileRows : i * kTileRows + t;
+  const int64_t at = is_text ? j * Memory::kCols + t - kTileRows : i * kTileRows + t;
   T k[kCoefficients] = {};
   if (at < side.rows) {
     for (int f = 0; f < kCoefficients; ++f) k[f] = side.coefficient[f * side.padded + at];
@@ -459,25 +467,23 @@ __device__ void load_coefficients(const SimilarityCall<T>& call, int64_t i, int6
 
 // Calls sink(row, column, pack) with packs of dL/dc, times the factors that make a product with scaled rows of one with
 // unit rows, and times `block_scale`. The source holds products of scaled rows where `raw`, else cosines.
-template <class Policy, class T, class Sink>
+template <class Policy, class T, class Sink, class Memory>
 __device__ __forceinline__ void tile_gradient(const T* source, int64_t stride, bool raw, int rows, T block_scale,
-                                              const TileMemory<T>& memory, const Sink& sink) {
-  constexpr int kPack = TileMemory<T>::kPack;
-  const int column = lane_index() * kPack;
+                                              const Memory& memory, const Sink& sink) {
+  constexpr int kPack = Memory::kPack;
+  const int column = pack_column<Memory>();
   T of_column[kPack][kCoefficients], column_factor[kPack], column_scale[kPack];
   int64_t column_id[kPack];
-  if (column < TileMemory<T>::kCols) {
 #pragma unroll
-    for (int u = 0; u < kPack; ++u) {
-      const int at = kTileRows + column + u;
+  for (int u = 0; u < kPack; ++u) {
+    const int at = kTileRows + column + u;
 #pragma unroll
-      for (int f = 0; f < kCoefficients; ++f) of_column[u][f] = memory.coefficient[at * kCoefficients + f];
-      column_factor[u] = memory.factor[at];
-      column_scale[u] = memory.scale[at];
-      column_id[u] = memory.id[at];
-    }
+    for (int f = 0; f < kCoefficients; ++f) of_column[u][f] = memory.coefficient[at * kCoefficients + f];
+    column_factor[u] = memory.factor[at];
+    column_scale[u] = memory.scale[at];
+    column_id[u] = memory.id[at];
   }
-  for_packs<T>(rows, [&](int row, int at) {
+  for_packs<Memory>(rows, [&](int row, int at) {
     Pack<T, kPack> c = load_pack<T, kPack>(source + row * stride + at);
     T of_row[kCoefficients];
 #pragma unroll
@@ -497,13 +503,13 @@ __device__ __forceinline__ void tile_gradient(const T* source, int64_t stride, b
   });
 }
 
-template <class Element, class T>
-__device__ __forceinline__ void gradient_to_block(const SimilarityCall<T>& call, const TileIndex& at, int64_t i,
-                                                  const T* source, int64_t stride, bool raw,
-                                                  const SimilarityBlock& block, const TileMemory<T>& memory) {
-  constexpr int kPack = TileMemory<T>::kPack;
-  Element* out =
-      reinterpret_cast<Element*>(block.out) + at.row * kTileRows * block.stride + at.column * TileMemory<T>::kCols;
+template <class Element, class T, class Memory>
+__device__ __forceinline__ void gradient_to_block(const SimilarityCall<T>& call, int64_t i, int64_t j, const T* source,
+                                                  int64_t stride, bool raw, const SimilarityBlock& block,
+                                                  const Memory& memory) {
+  constexpr int kPack = Memory::kPack;
+  Element* out = reinterpret_cast<Element*>(block.out) + (i - block.first_row_tile) * kTileRows * block.stride +
+                 (j - block.first_column_tile) * Memory::kCols;
   const int rows = static_cast<int>(smaller(call.image.rows - i * kTileRows, kTileRows));
   with_policy<T>(call.kind, [&](auto policy) {
     tile_gradient<decltype(policy)>(source, stride, raw, rows, call.scalars->block_scale, memory,
@@ -517,12 +523,12 @@ __device__ __forceinline__ void gradient_to_block(const SimilarityCall<T>& call,
 }
 
 // Zero outside the matrix.
-template <class T>
+template <class T, class Memory>
 __device__ __forceinline__ void gradient_in_place(const SimilarityCall<T>& call, int64_t i, int64_t j, T block_scale,
-                                                  const TileMemory<T>& memory) {
-  constexpr int kPack = TileMemory<T>::kPack;
-  constexpr int kStride = TileMemory<T>::kStride;
-  const int64_t rows = call.image.rows - i * kTileRows, columns = call.text.rows - j * TileMemory<T>::kCols;
+                                                  const Memory& memory) {
+  constexpr int kPack = Memory::kPack;
+  constexpr int kStride = Memory::kStride;
+  const int64_t rows = call.image.rows - i * kTileRows, columns = call.text.rows - j * Memory::kCols;
   with_policy<T>(call.kind, [&](auto policy) {
     tile_gradient<decltype(policy)>(memory.tile, kStride, true, kTileRows, block_scale, memory,
                                     [&](int row, int column, Pack<T, kPack> g) {
@@ -535,10 +541,10 @@ __device__ __forceinline__ void gradient_in_place(const SimilarityCall<T>& call,
 }
 
 // dL/dc in shared memory as operand of the images' gradient and, transposed, of the texts'.
-template <class Element, class T>
-__device__ void gradient_to_panels(const SimilarityCall<T>& call, int64_t i, int64_t j, const TileMemory<T>& memory) {
-  constexpr int kCols = TileMemory<T>::kCols;
-  constexpr int kStride = TileMemory<T>::kStride;
+template <class Element, class T, class Memory>
+__device__ void gradient_to_panels(const SimilarityCall<T>& call, int64_t i, int64_t j, const Memory& memory) {
+  constexpr int kCols = Memory::kCols;
+  constexpr int kStride = Memory::kStride;
   constexpr int kPack = kPackBytes / static_cast<int>(sizeof(Element));
   const auto write = [](const Panels& panels, int64_t row, int64_t column, const T* source, int step) {
     if (column >= panels.k_chunks * kPanelColumns<Element>) return;
@@ -563,9 +569,9 @@ __device__ void gradient_to_panels(const SimilarityCall<T>& call, int64_t i, int
 }
 
 // A tile of a product with dL/dc, its columns counted in the engine's, into `out`.
-template <class Tile, class T>
+template <class Tile, class T, class Memory>
 __device__ __forceinline__ void product_tile(Tile& tile, const SimilarityRows<T>& side, const Panels& other,
-                                             int64_t row_tile, int64_t column_tile, const TileMemory<T>& memory) {
+                                             int64_t row_tile, int64_t column_tile, const Memory& memory) {
   typename Tile::Accumulator c;
   tile.multiply_nn(c, side.gradient_panels, row_tile, other, column_tile);
   stage_tile<Tile>(c, memory);
@@ -576,7 +582,7 @@ __device__ __forceinline__ void product_tile(Tile& tile, const SimilarityRows<T>
   T* out = side.gradient + row0 * width + column0;
   for (int row = warp_index(); row < rows; row += kTileThreads / kWarp)
     for (int column = lane_index(); column < columns; column += kWarp)
-      out[row * width + column] = memory.tile[row * TileMemory<T>::kStride + column];
+      out[row * width + column] = memory.tile[row * Memory::kStride + column];
   __syncthreads();
 }
 
