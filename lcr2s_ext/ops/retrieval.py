@@ -34,7 +34,8 @@ def _check_finite(backend: str, query: Tensor, gallery: Tensor) -> None:
 def topk_similarity(query: Tensor, gallery: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The k gallery rows of highest cosine for each query, exactly; equal scores by lower gallery index.
 
-    The compiled kernel needs O((Q + k) d + Q k) memory and a bounded slab, whatever the size of the gallery.
+    Beside the result the kernels need O((Q + k) d + P) memory and a bounded slab, never all scores. Triton copies a
+    gallery with norms outside [1e-12, 1e12].
 
     Args:
         query: (Q, d) float32, float64, bfloat16 or float16 features, normalised inside; Q and d at least 1.
@@ -57,7 +58,7 @@ def topk_similarity(query: Tensor, gallery: Tensor, k: int, *, backend: str | No
         raise TypeError(f"`k` must be an int, got {type(k).__name__}")
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"`k` must be in 1..{gallery.shape[0]} (rows of `gallery`), got {k}")
-    chosen = _backend.resolve("topk_similarity", backend, query.device)
+    chosen = _backend.resolve("topk_similarity", backend, query.device, query.shape[0])
     _checks.check_backend_dtype(chosen, query=query, gallery=gallery)
     _check_finite(chosen, query, gallery)
     if chosen == "reference":
@@ -115,7 +116,7 @@ def retrieval_metrics(
             raise TypeError(f"`ks` must hold ints, got {type(k).__name__}")
         if k < 1:
             raise ValueError(f"`ks` must hold numbers of at least 1, got {k}")
-    chosen = _backend.resolve("retrieval_metrics", backend, query.device)
+    chosen = _backend.resolve("retrieval_metrics", backend, query.device, query.shape[0])
     _checks.check_backend_dtype(chosen, query=query, gallery=gallery)
     _check_finite(chosen, query, gallery)
     if chosen == "reference":

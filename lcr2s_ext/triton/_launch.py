@@ -34,8 +34,11 @@ def operator(body: Operator, *, opaque: bool = INTERPRETED) -> Operator:
 
     name = body.__name__
     BODIES[name] = body
-    register = torch.library.custom_op if opaque else torch.library.triton_op
-    return register(f"lcr2s_triton::{name}", on_its_device, mutates_args=())
+    if opaque:
+        # What reads on the host cannot be captured; the interpreter's tensors are on the CPU.
+        tags = (torch.Tag.cudagraph_unsafe,)
+        return torch.library.custom_op(f"lcr2s_triton::{name}", on_its_device, mutates_args=(), tags=tags)
+    return torch.library.triton_op(f"lcr2s_triton::{name}", on_its_device, mutates_args=())
 
 
 def wrap_triton(kernel: Any) -> Any:

@@ -99,6 +99,7 @@ def describe(launch: Launch, kernel: Any, result: Any) -> dict[str, Any]:
         "threads": 32 * result.metadata.num_warps,
         "shared": result.metadata.shared,
         "wgmma": "wgmma.mma_async" in result.asm["ptx"],
+        "products": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.\S+", result.asm["ptx"]))),
         "wants_wgmma": kernel.__name__ in launch.case.wgmma,
         **resources(result.asm["cubin"]),
     }

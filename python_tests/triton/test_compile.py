@@ -84,6 +84,28 @@ def test_tensor_cores_of_hopper_are_used(compiled: list[dict[str, Any]]) -> None
     assert not names([result for result in wanted if not result["wgmma"]])
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pair_of_rows_is_scored_by_the_same_instructions_everywhere(
+    architecture: int, compiled: list[dict[str, Any]]
+) -> None:
+    # Ranks are counted against scores from another kernel: equal bits need equal arithmetic.
+    scoring = [name for name in launched_kernels() if name.startswith(("topk_similarity", "retrieval_metrics"))]
+    scoring.remove("retrieval_metrics_finish_kernel")
+    used = {
+        kernel: {
+            (result["threads"], *result["products"])
+            for result in compiled
+            if (result["kernel"], result["architecture"]) == (kernel, architecture)
+        }
+        for kernel in scoring
+    }
+    assert len(used) == 4
+    first = used["topk_similarity_maxima_kernel"]
+    # float32, bfloat16 and float16, the last two by one instruction on sm_100.
+    assert len(first) == (2 if architecture == 100 else 3)
+    assert all(products == first for products in used.values()), used
+
+
 def test_a_spill_would_be_seen(tmp_path: Path) -> None:
     process = run("spill.py", cache=tmp_path)
     out, errors = process.communicate()
