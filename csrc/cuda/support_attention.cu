@@ -2,7 +2,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cmath>
 #ifndef LCR2S_EMULATE_CUDA
 #include <cooperative_groups.h>
@@ -398,7 +397,7 @@ struct PoolPass {
   PoolSide key;
   PoolSide value;
   // Segments of rows with many users: `slots` of them at most, their sums, and a counter for each slot and slice.
-  int64_t segment;
+  int segment_shift;
   int64_t slots;
   void* partials;
   unsigned* counters;
@@ -422,13 +421,13 @@ struct BusyRow {
 
 __device__ __forceinline__ BusyRow busy_row(const SupportAttentionShape& s, const PoolPass& pass, int64_t slot) {
   const BusyRow none{-1, {0, 0}, 0, 0};
-  const int64_t step = pass.segment / 2;
+  const int64_t step = int64_t{1} << (pass.segment_shift - 1);
   const int64_t entry = read_index(pass.t_entries + slot * step + step - 1);
   if (!inside(entry, s.entries)) return none;
   const int64_t row = read_index(s.indices + entry);
   if (!inside(row, s.pool_rows)) return none;
   const Range users = entry_range(pass.t_indptr, row, s.entries);
-  const plan::Slots slots = plan::slots_of(users.begin, users.end, pass.segment);
+  const plan::Slots slots = plan::slots_of(users.begin, users.end, pass.segment_shift);
   if (slots.count < 2 || slot < slots.first || slot >= slots.first + slots.count) return none;
   return {row, users, slots.first, static_cast<int>(slots.count)};
 }
@@ -596,8 +595,8 @@ __device__ __forceinline__ void pool_pass(const SupportAttentionShape& s, const 
       found &= found - 1;
       const int64_t slot = item / slices;
       const BusyRow busy = busy_row(s, pass, slot);
-      const int64_t begin = busy.users.begin + (slot - busy.first_slot) * pass.segment;
-      users = {busy.row, begin, min(begin + pass.segment, busy.users.end), slot};
+      const int64_t begin = busy.users.begin + ((slot - busy.first_slot) << pass.segment_shift);
+      users = {busy.row, begin, min(begin + (int64_t{1} << pass.segment_shift), busy.users.end), slot};
       slice = static_cast<int>(item % slices);
     } else if (next < pass.slots * slices) {
       const int64_t item = next + lane_index() * stride;
@@ -610,7 +609,7 @@ __device__ __forceinline__ void pool_pass(const SupportAttentionShape& s, const 
       users.begin = range.begin;
       users.end = range.end;
       units.next(slices);
-      if (pass.slots > 0 && range.end - range.begin > pass.segment) continue;
+      if (pass.slots > 0 && (range.end - range.begin - 1) >> pass.segment_shift > 0) continue;
     }
     pool_unit<L>(s, pass, slices, Lane(s.heads, cut.lanes, slice), users);
   }
@@ -666,11 +665,10 @@ const char* launch_passes(const plan::Layout& layout, const Passes& passes, int6
   const DType dtype = passes.shape.dtype;
   if (dtype == DType::float64) {
 #ifdef LCR2S_EMULATE_CUDA
-    return layout.packed ? run(support_attention_kernel<Packed<double>>)
-                         : run(support_attention_kernel<General<double>>);
-#else
-    return "float64 is for the emulator, where the tests need it";
+    if (layout.packed) return run(support_attention_kernel<Packed<double>>);
 #endif
+    // On a GPU float64 is for tests: one kernel is enough.
+    return run(support_attention_kernel<General<double>>);
   }
   if (!layout.packed) return run(support_attention_kernel<General<float>>);
   if (dtype == DType::float32) return run(support_attention_kernel<Packed<float>>);
@@ -684,8 +682,9 @@ bool aligned(const Rows& rows, DType dtype) {
 }
 
 const char* refused(const SupportAttentionShape& s) {
-  return s.heads * std::max(s.width, s.value_width) < (int64_t{1} << 31) ? nullptr
-                                                                         : "a row must have fewer than 2^31 elements";
+  return s.heads * (s.width > s.value_width ? s.width : s.value_width) < (int64_t{1} << 31)
+             ? nullptr
+             : "a row must have fewer than 2^31 elements";
 }
 
 }  // namespace
@@ -728,7 +727,7 @@ const char* support_attention_backward(const SupportAttentionBackwardArgs& args,
                  args.t_entries,
                  {args.query, args.grad_scores, s.width, s.scale, args.grad_key},
                  {args.grad_out, args.probs, s.value_width, 1, args.grad_value},
-                 plan.segments.length,
+                 plan.segments.shift,
                  plan.segments.slots,
                  workspace,
                  reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + partial_bytes)};

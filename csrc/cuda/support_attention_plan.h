@@ -14,8 +14,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kResidentBlocks = 2;
 // Scores that a warp keeps in shared memory: sets of up to 32 rows, times the most heads that it works on.
 constexpr int kSharedScores = 32 * 4;
-// A pool row with more users than this has them summed in segments of as many.
-constexpr int64_t kSegment = 64;
+// A pool row with more than 2^6 users has them summed in segments of as many.
+constexpr int kSegmentShift = 6;
 
 // How a warp's lanes share rows: a head takes `lanes` of them, each holding a vector of `size` elements of every block
 // of lanes * size, and the warp takes neighbouring heads. Packed: a vector is 16 bytes; else it is one element.
@@ -63,10 +63,11 @@ inline Grid grid(int64_t units, int multiprocessors) {
 // of its own. With step = length / 2, slot w may hold a segment of the row to whose users position
 // w * step + step - 1 of the transposed index belongs, and of no other: the slots of two rows never meet.
 struct Segments {
-  int64_t length;
+  int shift;  // length = 2^shift
   int64_t slots;
 
-  int64_t step() const { return length / 2; }
+  int64_t length() const { return int64_t{1} << shift; }
+  int64_t step() const { return length() / 2; }
 };
 
 // The slots of the row whose users are at begin .. end: `first` and those after it.
@@ -75,17 +76,18 @@ struct Slots {
   int64_t count;
 };
 
-LCR2S_HOST_DEVICE Slots slots_of(int64_t begin, int64_t end, int64_t length) {
-  return {begin / (length / 2), (end - begin + length - 1) / length};
+LCR2S_HOST_DEVICE Slots slots_of(int64_t begin, int64_t end, int shift) {
+  return {begin >> (shift - 1), (end - begin + (int64_t{1} << shift) - 1) >> shift};
 }
 
 // Longer segments where there would be so many slots that they took more memory than a part of the gradients.
 inline Segments segments(const SupportAttentionShape& shape) {
   const int64_t rows = (shape.queries + shape.pool_rows) / 8;
   const int64_t most = rows > 1024 ? rows : 1024;
-  int64_t length = kSegment;
-  while (shape.entries / (length / 2) > most) length *= 2;
-  return shape.entries > length ? Segments{length, shape.entries / (length / 2)} : Segments{length, 0};
+  Segments result{kSegmentShift, 0};
+  while (shape.entries / result.step() > most) ++result.shift;
+  if (shape.entries > result.length()) result.slots = shape.entries / result.step();
+  return result;
 }
 
 // Memory of the backward: partial sums of the segments, [slot][heads of the keys, then of the values] in the
@@ -118,7 +120,7 @@ struct Backward {
 inline Backward backward(const SupportAttentionShape& shape, int slices, bool queries, bool pool, int multiprocessors) {
   Backward result{grid(queries ? shape.queries * slices : 0, multiprocessors),
                   grid(pool ? shape.pool_rows * slices : 0, multiprocessors),
-                  pool ? segments(shape) : Segments{kSegment, 0},
+                  pool ? segments(shape) : Segments{kSegmentShift, 0},
                   false,
                   0,
                   0};

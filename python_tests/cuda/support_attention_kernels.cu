@@ -67,7 +67,8 @@ void check_layouts() {
 
 // Rows side by side in the transposed index, of lengths around what matters: no slot twice, each within the memory and
 // found from its own position.
-void check_slots(int64_t length) {
+void check_slots(int shift) {
+  const int64_t length = int64_t{1} << shift;
   const int64_t step = length / 2;
   const std::vector<int64_t> sizes = {
       0,          1,          step - 1,       step,       step + 1,       length - 1,        length,
@@ -81,7 +82,7 @@ void check_slots(int64_t length) {
           const int64_t entries = start + first + second + third;
           for (const int64_t size : {first, second, third}) {
             const int64_t end = begin + size;
-            const plan::Slots slots = plan::slots_of(begin, end, length);
+            const plan::Slots slots = plan::slots_of(begin, end, shift);
             if (size > length) {
               complain(slots.count * length < size || (slots.count - 1) * length >= size, "segments", begin, end);
               for (int64_t slot = slots.first; slot < slots.first + slots.count; ++slot) {
@@ -109,10 +110,10 @@ void check_backward() {
             const bool wants_queries = (wanted & 1) != 0, wants_pool = (wanted & 2) != 0;
             const plan::Backward backward = plan::backward(shape, layout.slices, wants_queries, wants_pool, 132);
             const plan::Segments segments = plan::segments(shape);
-            complain(segments.length < plan::kSegment || segments.slots * segments.step() > entries, "segments",
-                     entries, segments.length);
-            complain(segments.slots == 0 && entries > segments.length, "rows that nobody sums", entries,
-                     segments.length);
+            complain(segments.shift < plan::kSegmentShift || segments.slots * segments.step() > entries, "segments",
+                     entries, segments.length());
+            complain(segments.slots == 0 && entries > segments.length(), "rows that nobody sums", entries,
+                     segments.length());
             complain(backward.segments.slots != (wants_pool ? segments.slots : 0), "slots", entries);
             complain(wants_queries && queries > 0 && backward.first_blocks == 0, "no query pass", queries);
             complain(backward.segments.slots > 0 && backward.first_blocks == 0, "counters that nobody zeroes", entries);
@@ -148,8 +149,8 @@ const char* kernels_plan() {
   complaint.clear();
   check_grids();
   check_layouts();
-  check_slots(64);
-  check_slots(256);
+  check_slots(plan::kSegmentShift);
+  check_slots(8);
   check_backward();
   return complaint.empty() ? nullptr : complaint.c_str();
 }
