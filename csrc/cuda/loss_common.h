@@ -30,6 +30,28 @@ __device__ inline double element_or_zero(const Features& features, int64_t row, 
   return column < features.width ? element_at(features, row, column) : 0;
 }
 
+// kCount neighbouring ones from `column`, zero beyond the width.
+template <int kCount>
+__device__ inline void elements_at(const Features& features, int64_t row, int64_t column, double (&out)[kCount]) {
+  const auto read = [&](const auto* data) {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u)
+      out[u] = column + u < features.width
+                   ? static_cast<double>(to_accumulate(data[row * features.stride + column + u]))
+                   : 0.0;
+  };
+  switch (features.dtype) {
+    case DType::float32:
+      return read(static_cast<const float*>(features.data));
+    case DType::float64:
+      return read(static_cast<const double*>(features.data));
+    case DType::bfloat16:
+      return read(static_cast<const BFloat16*>(features.data));
+    case DType::float16:
+      return read(static_cast<const Half*>(features.data));
+  }
+}
+
 // Never fused with an addition: equal factors give equal products.
 __device__ inline double multiply_rounded(double a, double b) {
 #ifdef __CUDA_ARCH__

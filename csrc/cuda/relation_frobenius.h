@@ -11,7 +11,7 @@ constexpr int64_t kFrobeniusChunk = 8192;
 
 // A row of the operand and, where wanted, of the unit rows. One warp a row.
 template <class T>
-__global__ void __launch_bounds__(kRelationThreads)
+__global__ void __launch_bounds__(kRelationThreads, 4)
     relation_operand_kernel(const __grid_constant__ RelationOperandArgs args) {
   const int64_t item = static_cast<int64_t>(blockIdx.x) * (kRelationThreads / kWarp) + warp_index();
   const bool image = item < args.sides[0].rows;
@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kRelationThreads)
   // The difference takes the place of the image's student and of the text's teacher.
   const bool student_difference = args.difference && image;
   const bool teacher_difference = args.difference && !image;
+#pragma unroll 2
   for (int64_t j = lane; j < args.student_columns; j += kWarp) {
     // Rounded before they are subtracted, not fused: equal rows give exact zeros.
     const double v = multiply_rounded(element_or_zero(side.student, row, j), student);
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(kRelationThreads)
     if (unit != nullptr) unit[j] = static_cast<T>(v);
   }
   out += args.student_columns;
+#pragma unroll 2
   for (int64_t j = lane; j < args.teacher_columns; j += kWarp) {
     const double e = multiply_rounded(element_or_zero(side.teacher, row, j), teacher);
     const double v = teacher_difference ? multiply_rounded(element_or_zero(side.student, row, j), student) : 0;

@@ -48,7 +48,7 @@ struct Best {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::Value) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::Element) == 2 ? 2 : 1)
     retrieval_tile_kernel(const __grid_constant__ RetrievalTileArgs args) {
   if constexpr (kTileRuns<Tile>) {
     using T = typename Tile::Value;

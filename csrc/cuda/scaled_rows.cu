@@ -37,13 +37,11 @@ __global__ void __launch_bounds__(kThreads) scaled_rows_kernel(const __grid_cons
                          ? nullptr
                          : static_cast<Element*>(side.operand) + row * side.operand_stride;
   for (int64_t pack = lane; pack < packs; pack += kWarp) {
+    double x[kPack] = {};
+    if (inside) elements_at(features, source, pack * kPack, x);
     Pack<Element, kPack> out;
 #pragma unroll
-    for (int u = 0; u < kPack; ++u) {
-      const int64_t column = pack * kPack + u;
-      const double x = inside && column < features.width ? element_at(features, source, column) : 0;
-      out.at[u] = narrowed<Element>(x * first * second);
-    }
+    for (int u = 0; u < kPack; ++u) out.at[u] = narrowed<Element>(x[u] * first * second);
     store_pack(panel_element<Element>(panels, row, pack * kPack), out);
     if (operand != nullptr && pack * kPack < side.operand_stride) store_pack(operand + pack * kPack, out);
   }
