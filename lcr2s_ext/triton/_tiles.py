@@ -99,7 +99,7 @@ def pack_rows(features: Tensor, dtype: torch.dtype) -> PackedRows:
     return PackedRows(data, scalars, rows, width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def pack_rows_kernel(
     features,
     stride,
@@ -210,7 +210,9 @@ def tile_shape(dtype: torch.dtype) -> TileShape:
     if dtype == torch.float32:
         side = TILE if INTERPRETED else 64
         return TileShape(side, side, 1 if INTERPRETED else 4, 32, input_precision(dtype), num_warps=4, num_stages=3)
-    return TileShape(TILE, TILE, 4, _WIDTH, "ieee", num_warps=8, num_stages=3)
+    # The interpreter takes one of the halves in pieces, to go both ways.
+    pieces = 1 if INTERPRETED and dtype == torch.float16 else 4
+    return TileShape(TILE, TILE, pieces, _WIDTH, "ieee", num_warps=8, num_stages=3)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -324,7 +326,7 @@ def project(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def project_kernel(
     gradient,
     data,

@@ -42,7 +42,7 @@ _MERGE_ROWS = 64
 _MERGE_PARTS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "teacher_count", "begin", "limit"])
 def relation_kl_finish_kernel(
     student_parts,
     teacher_parts,
@@ -107,7 +107,7 @@ def divergence(teacher, student, u):
     return tl.where(near, teacher * (curved - u), far), tl.where(near, teacher * curved, teacher * u + far)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row_tile", "row_tiles", "column_tiles", "rows", "columns", "first_column_tile"])
 def relation_kl_kernel(
     image,
     image_scalars,

@@ -137,7 +137,7 @@ def is_shifted(factor, SHIFT: tl.constexpr):
     return shifted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row_tile", "row_tiles", "column_tiles", "rows", "columns"])
 def similarity_statistics_kernel(
     image,
     image_scalars,
@@ -310,7 +310,7 @@ def store_merged(
         tl.store(at + (FIELDS - 1) * stride, positives.to(tl.float32), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "limit"])
 def similarity_merge_kernel(
     parts,
     stride,
@@ -332,7 +332,7 @@ def similarity_merge_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "begin", "limit", "entries", "total_begin", "total_stride"])
 def similarity_finish_kernel(
     parts,
     stride,
@@ -428,7 +428,7 @@ def sum_totals(totals, stride, begin, end, BLOCK: tl.constexpr):
     return tl.sum(loss, 0), tl.sum(valid, 0), tl.max(bound, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_programs", "programs", "rows", "columns"])
 def similarity_loss_kernel(
     totals,
     row_programs,
@@ -501,7 +501,7 @@ def logit_gradient(
     return e * (LN2 * below - tl.where(positive, tl.expand_dims(second, AXIS), tl.expand_dims(third, AXIS)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row_tile", "row_tiles", "column_tiles", "rows", "columns", "first_column_tile"])
 def similarity_gradient_kernel(
     image,
     image_scalars,
