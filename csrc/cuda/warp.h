@@ -29,10 +29,6 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T x, int step, unsigned mask = kFullMask) {
   return __shfl_xor_sync(mask, x, step);
 }
-template <class T>
-__device__ __forceinline__ T shuffle_down(T x, int step, unsigned mask = kFullMask) {
-  return __shfl_down_sync(mask, x, static_cast<unsigned>(step));
-}
 
 // Over each `size` neighbouring lanes (a power of two); combine(a, b) must not depend on the order of its arguments.
 template <class T, class Combine>
@@ -72,37 +68,5 @@ template <class T>
 __device__ __forceinline__ T block_max(T x, T* scratch) {
   return block_reduce(x, [](T a, T b) { return max_or_nan(a, b); }, scratch);
 }
-
-// `size` neighbouring lanes of a warp, a power of two, that work on one item and may part from the others.
-class LaneGroup {
- public:
-  __device__ __forceinline__ explicit LaneGroup(int size)
-      : lane_(static_cast<int>(threadIdx.x) % size),
-        size_(size),
-        mask_((size == kWarp ? kFullMask : (1u << size) - 1u) << (lane_index() / size * size)) {}
-  __device__ __forceinline__ int lane() const { return lane_; }
-  __device__ __forceinline__ int lanes() const { return size_; }
-  __device__ __forceinline__ unsigned mask() const { return mask_; }
-  __device__ __forceinline__ void sync() const { __syncwarp(mask_); }
-  template <class T>
-  __device__ __forceinline__ T shuffle(T x, int source) const {
-    return __shfl_sync(mask_, x, source, size_);
-  }
-  template <class T>
-  __device__ __forceinline__ T sum(T x) const {
-    for (int step = size_ / 2; step > 0; step /= 2) x += shuffle_xor(x, step, mask_);
-    return x;
-  }
-  template <class T>
-  __device__ __forceinline__ T max(T x) const {
-    for (int step = size_ / 2; step > 0; step /= 2) x = max_or_nan(x, shuffle_xor(x, step, mask_));
-    return x;
-  }
-
- private:
-  int lane_;
-  int size_;
-  unsigned mask_;
-};
 
 }  // namespace lcr2s::cuda

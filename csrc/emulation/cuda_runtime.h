@@ -76,10 +76,8 @@ void wait_until(const Predicate& predicate, const char* what, Site site = Site::
   wait_until_true([](const void* p) -> bool { return (*static_cast<const Predicate*>(p))(); }, &predicate, what, site);
 }
 
-// Barrier `id` (0 .. 15) of the block for `threads` threads, as bar.sync and bar.arrive; 0 threads means all that have
-// not ended.
-void barrier_sync(int id, int threads, const char* what = "barrier", Site site = Site::current());
-void barrier_arrive(int id, int threads, const char* what = "barrier", Site site = Site::current());
+// All threads of the block that have not ended meet.
+void barrier(const char* what, Site site);
 
 // Whether an asynchronous instruction that is issued now is carried out at once (always in reverse order of threads,
 // never in forward order, by chance in random order) or as late as can be, so that a missing wait shows in one of them.
@@ -156,14 +154,13 @@ T shuffle(uint32_t mask, T value, int source, const char* what, Site site) {
 
 // ---- Threads of a block and of a warp ----
 inline void __syncthreads(std::source_location site = std::source_location::current()) {
-  lcr2s::emulation::barrier_sync(0, 0, "__syncthreads", site);
+  lcr2s::emulation::barrier("__syncthreads", site);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, std::source_location site = std::source_location::current()) {
   char nothing = 0;
   lcr2s::emulation::warp_collective(mask, nothing, [](char* const*) {}, "__syncwarp", site);
 }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 template <class T>
 T __shfl_sync(unsigned mask, T x, int source, int width = 32,
@@ -178,22 +175,6 @@ T __shfl_xor_sync(unsigned mask, T x, int step, int width = 32,
   const int end = lane / width * width + width;
   return lcr2s::emulation::shuffle(mask, x, (lane ^ step) < end ? lane ^ step : lane, "__shfl_xor_sync", site);
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T x, unsigned step, int width = 32,
-                   std::source_location site = std::source_location::current()) {
-  const int lane = lcr2s::emulation::lane();
-  const int source = lane + static_cast<int>(step);
-  return lcr2s::emulation::shuffle(mask, x, source < lane / width * width + width ? source : lane, "__shfl_down_sync",
-                                   site);
-}
-template <class T>
-T __shfl_up_sync(unsigned mask, T x, unsigned step, int width = 32,
-                 std::source_location site = std::source_location::current()) {
-  const int lane = lcr2s::emulation::lane();
-  const int source = lane - static_cast<int>(step);
-  return lcr2s::emulation::shuffle(mask, x, source >= lane / width * width ? source : lane, "__shfl_up_sync", site);
-}
-
 inline unsigned __ballot_sync(unsigned mask, int predicate,
                               std::source_location site = std::source_location::current()) {
   struct Operand {
@@ -211,13 +192,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate,
       "__ballot_sync", site);
   return operand.result;
 }
-inline int __any_sync(unsigned mask, int predicate, std::source_location site = std::source_location::current()) {
-  return __ballot_sync(mask, predicate, site) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, std::source_location site = std::source_location::current()) {
-  return __ballot_sync(mask, !predicate, site) == 0;
-}
-
 // ---- Memory ----
 template <class T>
 T __ldg(const T* p) {
@@ -227,53 +201,19 @@ template <class T>
 T __ldcg(const T* p) {
   return *p;
 }
-template <class T>
-T __ldcs(const T* p) {
-  return *p;
-}
-template <class T>
-void __stcs(T* p, std::type_identity_t<T> x) {
-  *p = x;
-}
-template <class T>
-void __stcg(T* p, std::type_identity_t<T> x) {
-  *p = x;
-}
-
 // Threads are switched at barriers and collectives only, hence plain reads and writes; integers only (the order of
 // floating-point atomics is not fixed).
 template <class T>
 concept AtomicInteger = std::is_integral_v<T> && sizeof(T) >= 4;
-template <AtomicInteger T>
-T atomicExch(T* p, std::type_identity_t<T> x) {
-  return std::exchange(*p, x);
-}
-template <AtomicInteger T>
-T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> x) {
-  return *p == expected ? std::exchange(*p, x) : *p;
-}
 template <AtomicInteger T>
 T atomicAdd(T* p, std::type_identity_t<T> x) {
   using Unsigned = std::make_unsigned_t<T>;
   return std::exchange(*p, static_cast<T>(static_cast<Unsigned>(*p) + static_cast<Unsigned>(x)));
 }
 template <AtomicInteger T>
-T atomicMax(T* p, std::type_identity_t<T> x) {
-  return std::exchange(*p, *p < x ? x : *p);
-}
-template <AtomicInteger T>
-T atomicMin(T* p, std::type_identity_t<T> x) {
-  return std::exchange(*p, x < *p ? x : *p);
-}
-template <AtomicInteger T>
 T atomicOr(T* p, std::type_identity_t<T> x) {
   return std::exchange(*p, *p | x);
 }
-template <AtomicInteger T>
-T atomicAnd(T* p, std::type_identity_t<T> x) {
-  return std::exchange(*p, *p & x);
-}
-
 // ---- Arithmetic ----
 template <class T, class U>
   requires std::is_arithmetic_v<T> && std::is_arithmetic_v<U>
@@ -293,30 +233,9 @@ std::common_type_t<T, U> max(T a, U b) {
   else
     return static_cast<C>(a) < static_cast<C>(b) ? static_cast<C>(b) : static_cast<C>(a);
 }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __frsqrt_rn(float x) { return 1.0f / std::sqrt(x); }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
-inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
-inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __popcll(unsigned long long x) { return std::popcount(x); }
-inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
-inline int __clzll(long long x) { return std::countl_zero(static_cast<unsigned long long>(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 
 // ---- Runtime: one device, whose capability and number of multiprocessors the environment sets ----
 struct CUstream_st;

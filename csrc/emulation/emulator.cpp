@@ -24,7 +24,6 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kMaxThreads = 1024;
-constexpr int kBarriers = 16;
 
 struct Block;
 
@@ -46,7 +45,6 @@ struct Thread {
 };
 
 struct Barrier {
-  int threads = 0;
   int arrived = 0;
   Site site{};
 };
@@ -72,7 +70,7 @@ struct Block {
   char* shared = nullptr;
   std::vector<Thread> threads;
   int live = 0;
-  std::array<Barrier, kBarriers> barriers;
+  Barrier barrier;
   std::vector<Warp> warps;
   std::vector<Rendezvous> warpgroups;
   std::deque<std::function<void()>> later;
@@ -138,11 +136,6 @@ void arrange(std::vector<Item>& items) {
     for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[next_random(i)]);
 }
 
-void release(Block& block, const void* waited) {
-  for (Thread& thread : block.threads)
-    if (thread.state == Thread::State::waiting && thread.waits_on == waited) thread.state = Thread::State::ready;
-}
-
 void suspend(const void* waits_on, const char* what, const Site& site) {
   Thread& me = *current;
   me.state = Thread::State::waiting;
@@ -152,29 +145,14 @@ void suspend(const void* waits_on, const char* what, const Site& site) {
   switch_fiber(*me.fiber, scheduler);
 }
 
-bool complete(const Block& block, const Barrier& barrier) {
-  return barrier.arrived > 0 && barrier.arrived == (barrier.threads ? barrier.threads : block.live);
-}
-
-void arrive(int id, int threads, bool waits, const char* what, const Site& site) {
-  if (id < 0 || id >= kBarriers) die("barrier " + std::to_string(id) + " at " + place(site) + ": there are 16");
-  Block& block = *current->block;
-  Barrier& barrier = block.barriers[static_cast<size_t>(id)];
-  if (barrier.arrived > 0 && barrier.threads != threads)
-    die(std::string(what) + " at " + place(site) + " is for " + std::to_string(threads) + " threads, but for " +
-        std::to_string(barrier.threads) + " at " + place(barrier.site));
-  if (barrier.arrived > 0 && threads == 0 && !same_place(barrier.site, site))
-    die("divergent " + std::string(what) + ": this thread is at " + place(site) + ", another waits at " +
-        place(barrier.site));
-  barrier.threads = threads;
-  barrier.site = site;
-  ++barrier.arrived;
-  if (complete(block, barrier)) {
-    barrier.arrived = 0;
-    release(block, &barrier);
-  } else if (waits) {
-    suspend(&barrier, what, site);
-  }
+// Lets the threads at the block's barrier go on if nobody is missing.
+bool pass_barrier(Block& block) {
+  if (block.barrier.arrived == 0 || block.barrier.arrived < block.live) return false;
+  block.barrier.arrived = 0;
+  for (Thread& thread : block.threads)
+    if (thread.state == Thread::State::waiting && thread.waits_on == &block.barrier)
+      thread.state = Thread::State::ready;
+  return true;
 }
 
 Warp& current_warp() { return current->block->warps[static_cast<size_t>(current->index / kWarp)]; }
@@ -225,12 +203,7 @@ void end_thread() {
   --block.live;
   Warp& warp = current_warp();
   warp.live &= ~(1u << me.index % kWarp);
-  for (Barrier& barrier : block.barriers) {
-    if (barrier.threads == 0 && complete(block, barrier)) {
-      barrier.arrived = 0;
-      release(block, &barrier);
-    }
-  }
+  pass_barrier(block);
   if (warp.open == 0) return;
   for (Rendezvous& open : warp.collectives)
     if (complete(open, kWarp)) finish(block, open, kWarp, false);
@@ -401,8 +374,16 @@ void wait_until_true(bool (*predicate)(const void*), const void* data, const cha
   suspend(nullptr, what, site);
 }
 
-void barrier_sync(int id, int threads, const char* what, Site site) { arrive(id, threads, true, what, site); }
-void barrier_arrive(int id, int threads, const char* what, Site site) { arrive(id, threads, false, what, site); }
+void barrier(const char* what, Site site) {
+  Block& block = *current->block;
+  Barrier& barrier = block.barrier;
+  if (barrier.arrived > 0 && !same_place(barrier.site, site))
+    die("divergent " + std::string(what) + ": this thread is at " + place(site) + ", another waits at " +
+        place(barrier.site));
+  barrier.site = site;
+  ++barrier.arrived;
+  if (!pass_barrier(block)) suspend(&barrier, what, site);
+}
 
 bool work_at_once() { return order == Order::reverse || (order == Order::random && next_random(2) == 0); }
 

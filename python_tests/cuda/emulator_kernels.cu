@@ -43,25 +43,21 @@ __global__ void shuffle_kernel(float* out) {
   const int n = static_cast<int>(blockDim.x);
   row[0 * n] = static_cast<float>(shuffle(x, 5));
   row[1 * n] = static_cast<float>(shuffle_xor(x, 3));
-  row[2 * n] = static_cast<float>(shuffle_down(x, 4));
-  row[3 * n] = static_cast<float>(__shfl_up_sync(kFullMask, x, 2, 8));
-  row[4 * n] = static_cast<float>(__shfl_sync(kFullMask, x, 9, 8));
-  row[5 * n] = static_cast<float>(__popc(__ballot_sync(kFullMask, lane % 3 == 0)));
-  row[6 * n] = static_cast<float>(__any_sync(half, lane == 7));
-  row[7 * n] = static_cast<float>(__all_sync(half, lane < 16));
+  row[2 * n] = static_cast<float>(__shfl_sync(kFullMask, x, 9, 8));
+  row[3 * n] = static_cast<float>(__popc(__ballot_sync(kFullMask, lane % 3 == 0)));
+  row[4 * n] = static_cast<float>(__popc(__ballot_sync(half, lane % 16 < lane / 2)));
 }
 
 __global__ void reduce_kernel(float* out) {
   float* shared = reinterpret_cast<float*>(dynamic_shared());
   const float x = static_cast<float>(threadIdx.x);
-  const LaneGroup group(8);
   const int n = static_cast<int>(blockDim.x);
   float* row = out + threadIdx.x;
   row[0 * n] = warp_sum(x);
   row[1 * n] = warp_max(x == 40 ? NAN : x);
-  row[2 * n] = group.sum(x);
-  // Groups of a warp may part.
-  row[3 * n] = lane_index() < 8 ? group.max(x) : -1;
+  row[2 * n] = warp_sum(x, 8);
+  // Lanes of a warp may part.
+  row[3 * n] = lane_index() < 8 ? warp_max(x, 8, 0xffu) : -1;
   row[4 * n] = block_sum(x, shared);
   row[5 * n] = block_max(-x, shared);
 }
@@ -119,17 +115,6 @@ __global__ void forgotten_kernel() {
 __global__ void spin_kernel(volatile int* flag) {
   if (threadIdx.x == 0) spin_until([=] { return *flag == 1; });
   if (threadIdx.x == blockDim.x - 1) *flag = 1;
-}
-
-__global__ void named_barrier_kernel(float* out) {
-  float* shared = reinterpret_cast<float*>(dynamic_shared());
-  if (warp_index() == 0) {
-    shared[threadIdx.x] = 7;
-    lcr2s::emulation::barrier_arrive(1, 64);
-  } else if (warp_index() == 1) {
-    lcr2s::emulation::barrier_sync(1, 64);
-    out[lane_index()] = shared[lane_index()];
-  }
 }
 
 __global__ void warpgroup_kernel(float* out) {
@@ -190,10 +175,9 @@ int run(const std::string& name) {
   if (name == "reverse") return done(launch(reverse_kernel, 1, n, floats, nullptr, out.data(), true), n);
   if (name == "race") return done(launch(reverse_kernel, 1, n, floats, nullptr, out.data(), false), n);
   if (name == "poison") return done(launch(poison_kernel, 3, 32, 128, nullptr, out.data()), 96);
-  if (name == "shuffle") return done(launch(shuffle_kernel, 1, n, 0, nullptr, out.data()), n * 8);
+  if (name == "shuffle") return done(launch(shuffle_kernel, 1, n, 0, nullptr, out.data()), n * 5);
   if (name == "reduce") return done(launch(reduce_kernel, 1, n, floats, nullptr, out.data()), n * 6);
   if (name == "early_exit") return done(launch(early_exit_kernel, 1, n, 0, nullptr, out.data()), 40);
-  if (name == "named_barrier") return done(launch(named_barrier_kernel, 1, n, 128, nullptr, out.data()), 32);
   if (name == "warpgroup") return done(launch(warpgroup_kernel, 1, 256, 0, nullptr, out.data()), 256);
   if (name == "later") return done(launch(later_kernel, 1, n, 4, nullptr, out.data(), true), 1);
   if (name == "never_waited") return done(launch(later_kernel, 1, n, 4, nullptr, out.data(), false), 1);
