@@ -13,10 +13,11 @@
 #include "warp.h"
 
 // A warp works on a slice of one query (or pool row): neighbouring heads of 8, 16 or 32 lanes each, so that a gathered
-// row is read in contiguous pieces of up to 512 bytes, 16 bytes a lane. Eight rows of keys and as many of values are
-// asked for before the first is used, and none is read twice. The indices of these eight are one load, handed round by
-// shuffles; their scores are summed over the lanes together and end up one in each lane, where those of the first 32
-// entries stay. Later ones live in the result that is theirs (probs, grad_scores).
+// row is read in contiguous pieces of up to 512 bytes, 16 bytes a lane. Four rows of keys and as many of values are
+// asked for before the first is used, and no row is asked for twice. The indices of 32 entries are one load, handed
+// round by shuffles. The scores of four entries are summed over the lanes together; those of up to 32 stay in shared
+// memory, those of a larger set in the result that is theirs (probs, grad_scores). The softmax is over whole sets, no
+// running maximum.
 //
 // Bytes moved for one query with 8 heads of 128 floats and 4 rows: query 4096, keys and values 8 x 4096, out 4096,
 // which is the gather's floor of 40960; besides that the index, 48, and probs, 128: 0.4 %. Backward: the query pass
@@ -49,8 +50,7 @@ __device__ __forceinline__ int64_t read_index(const int64_t* p) {
   return static_cast<int64_t>(__ldg(reinterpret_cast<const long long*>(p)));
 }
 
-// Rows that start at multiples of 16 bytes, read 16 bytes at a time. kChunk rows are in flight; a set's first
-// kRegisters scores are in registers, kKept of them in a lane.
+// Rows that start at multiples of 16 bytes, read 16 bytes at a time, kChunk rows at once.
 template <class T>
 struct Packed {
   using A = Accumulate<T>;
@@ -313,12 +313,12 @@ __device__ __forceinline__ void query_unit(const SupportAttentionShape& s, const
   using A = typename L::A;
   const Range range = entry_range(s.indptr, query, s.entries);
   const Set set{s.indices + range.begin, range.end - range.begin, s.pool_rows};
-  const int64_t first = range.begin * s.heads + lane.head;
+  const int64_t scores_at = range.begin * s.heads + lane.head;
   const Heads<L> left(pass.left.data, pass.left.stride, s.dtype, pass.width, lane);
   const Heads<L> right(pass.right.data, pass.right.stride, s.dtype, pass.width, lane);
   const Heads<L> other(pass.other.data, pass.other.stride, s.dtype, pass.other_width, lane);
-  const Scores<A> scores(static_cast<A*>(pass.scores) + first, s.heads, set.size, lane);
-  const A* probs = static_cast<const A*>(pass.probs) + first;
+  const Scores<A> scores(static_cast<A*>(pass.scores) + scores_at, s.heads, set.size, lane);
+  const A* probs = static_cast<const A*>(pass.probs) + scores_at;
   // On its way while the rows are.
   const A first_prob = pass.probs && lane.index < scores.size ? probs[lane.index * s.heads] : A(0);
   typename L::Vector others[L::kChunk] = {};
@@ -570,8 +570,8 @@ struct Units {
   }
 };
 
-// How a pass is cut up: `units` of a block, none where the launch leaves out the pass. Each pass has its own, lest what
-// is computed from one stayed in registers for the other.
+// How a pass is cut up: `units` for a block, none where the launch leaves the pass out. The passes do not share one, so
+// that registers with what follows from it are not kept for the other pass.
 struct Cut {
   int lanes;
   int slices;
