@@ -149,6 +149,11 @@ inline void plan_side(const SimilarityShape& s, int64_t rows, int64_t others, in
 
 }  // namespace similarity_plan
 
+// Whether a problem is small enough for the cooperative path.
+inline bool may_cooperate(const SimilarityShape& s) {
+  return s.rows <= similarity_plan::kCooperativeRowsMost && s.columns <= similarity_plan::kCooperativeRowsMost;
+}
+
 inline SimilarityPlan plan_similarity(const SimilarityShape& s) {
   using namespace similarity_plan;
   SimilarityPlan plan{};
@@ -161,8 +166,7 @@ inline SimilarityPlan plan_similarity(const SimilarityShape& s) {
       s.element_bytes < s.arithmetic_bytes ? round_up(s.rows, kTile) * kept_stride * s.element_bytes : 0;
   const int64_t row_tiles = ceil_div(s.rows, kTile);
   const int64_t narrow_tiles = ceil_div(s.columns, kTile / 2);
-  if (s.rows <= kCooperativeRowsMost && s.columns <= kCooperativeRowsMost &&
-      row_tiles * narrow_tiles <= s.cooperative_blocks && panels <= s.workspace_bytes) {
+  if (may_cooperate(s) && row_tiles * narrow_tiles <= s.cooperative_blocks && panels <= s.workspace_bytes) {
     plan.path = SimilarityPath::cooperative;
   } else if (plan.gradient && kept_bytes + block_bytes <= s.workspace_bytes && keeping_pays(s, kept_bytes)) {
     plan.path = SimilarityPath::kept;

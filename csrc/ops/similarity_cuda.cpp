@@ -91,9 +91,11 @@ class Similarity {
                   width = args_.image.features.width;
     const bool need_image = args_.image.gradient != nullptr, need_text = args_.text.gradient != nullptr;
     args_.kind = kind;
-    const cuda::SimilarityPlan& plan = args_.plan =
-        cuda::plan_similarity({rows, columns, width, bytes_of(element_), bytes_of(arithmetic_), workspace_bytes_,
-                               need_image, need_text, cuda::similarity_cooperative_blocks(args_.element)});
+    cuda::SimilarityShape shape{
+        rows, columns, width, bytes_of(element_), bytes_of(arithmetic_), workspace_bytes_, need_image, need_text, 0};
+    // Asked for only where it decides.
+    if (cuda::may_cooperate(shape)) shape.cooperative_blocks = cuda::similarity_cooperative_blocks(args_.element);
+    const cuda::SimilarityPlan& plan = args_.plan = cuda::plan_similarity(shape);
     Tensor workspace = empty({plan.bytes}, ScalarType::Byte);
     args_.workspace = static_cast<char*>(workspace.mutable_data_ptr());
     if (plan.path == cuda::SimilarityPath::cooperative || !plan.gradient)
