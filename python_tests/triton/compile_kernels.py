@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from aot_cases import CASES, Case
 from triton.backends.compiler import GPUTarget
@@ -49,6 +50,15 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     options: dict[str, Any]
+
+    def variant(self) -> tuple[Any, ...]:
+        """What tells its binary from others', but for what triton makes of the values of integers."""
+        kinds = tuple(arg.dtype if isinstance(arg, torch.Tensor) else type(arg) for arg in self.args)
+        wgmma = self.kernel_name() in self.case.wgmma
+        return self.kernel_name(), self.architecture, kinds, tuple(sorted(self.options.items())), wgmma
+
+    def kernel_name(self) -> str:
+        return getattr(self.kernel, "fn", self.kernel).__name__
 
 
 def launches(case: Case, architecture: int) -> list[Launch]:
@@ -109,8 +119,9 @@ def main() -> None:
     for module in sorted(set(MODULES.values())):
         load(module)
     index, count = int(sys.argv[1]), int(sys.argv[2])
-    work = [launch for case in CASES for architecture in ARCHITECTURES for launch in launches(case, architecture)]
-    for launch in work[index::count]:
+    every = [launch for case in CASES for architecture in ARCHITECTURES for launch in launches(case, architecture)]
+    different = {launch.variant(): launch for launch in every}
+    for launch in list(different.values())[index::count]:
         for kernel, result in compiled(launch):
             print(json.dumps(describe(launch, kernel, result)), flush=True)
 
