@@ -23,8 +23,9 @@ __global__ void __launch_bounds__(kRelationThreads)
   for (int64_t j = lane; j < side.features.width; j += kWarp)
     along += static_cast<double>(g[j]) * (element_at(side.features, row, j) * inverse);
   along = warp_sum(along);
+  const double length = args.scaled && inverse != 0 ? scalbn(1.0, row_exponent(inverse)) : inverse;
   const double factor =
-      args.factor * inverse *
+      args.factor * length *
       (args.multiplier == nullptr ? 1.0 : static_cast<double>(*static_cast<const T*>(args.multiplier)));
   for (int64_t j = lane; j < side.features.width; j += kWarp)
     out[j] =
