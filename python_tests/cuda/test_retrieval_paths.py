@@ -1,4 +1,4 @@
-"""Every path of the retrieval operators on CUDA, whatever the size that would choose it: the workspace's budget decides.
+"""Every path of the retrieval operators on CUDA, whatever size would choose it: the workspace's budget decides.
 
 Run on a GPU, or in the emulator (`make emulate`).
 """
