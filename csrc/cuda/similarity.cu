@@ -21,6 +21,10 @@ using TileDouble = TileSimt<double, 64>;
 template <class Tile>
 constexpr int kResident = sizeof(typename Tile::Element) == 2 ? 2 : 1;
 
+// Of the kernels without a tile product: said, lest ptxas spill for the sake of more.
+template <class T>
+constexpr int kLightResident = sizeof(T) == 8 ? 1 : 2;
+
 // Whether this architecture ever runs a kernel with this engine: where wgmma is, plain mma is not asked for.
 template <class Tile>
 constexpr bool kRuns = Tile::kAvailable;
@@ -77,7 +81,7 @@ using KeptMemory = TileMemory<T, sizeof(T) == 8 ? 64 : 128>;
 
 // Pass 2 from the kept cosines.
 template <class Element>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kLightResident<Accumulate<Element>>)
     similarity_gradient_kept_kernel(const __grid_constant__ SimilarityCall<Accumulate<Element>> call,
                                     const __grid_constant__ SimilarityBlock block) {
   using T = Accumulate<Element>;
@@ -92,31 +96,32 @@ __global__ void __launch_bounds__(kTileThreads)
 }
 
 template <class Element>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kLightResident<Accumulate<Element>>)
     similarity_pack_kernel(const __grid_constant__ SimilarityCall<Accumulate<Element>> call) {
   pack_rows<Element>(call);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kLightResident<T>)
     similarity_finalise_kernel(const __grid_constant__ SimilarityCall<T> call) {
   finalise_rows(call, reinterpret_cast<double*>(dynamic_shared()));
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kLightResident<T>)
     similarity_total_kernel(const __grid_constant__ SimilarityCall<T> call) {
   total(call, reinterpret_cast<double*>(dynamic_shared()), true);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kLightResident<T>)
     similarity_finish_kernel(const __grid_constant__ SimilarityCall<T> call) {
   finish_rows(call, *call.scalars);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) similarity_add_kernel(T* sum, const T* part, int64_t count) {
+__global__ void __launch_bounds__(kTileThreads, kLightResident<T>)
+    similarity_add_kernel(T* sum, const T* part, int64_t count) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += step)
     sum[at] += part[at];
