@@ -403,6 +403,7 @@ __device__ SimilarityScalars<T> total(const SimilarityCall<T>& call, double* scr
   SimilarityScalars<T> scalars{};
   double sums[2][2];
   double bound = 0;
+#pragma unroll
   for (int s = 0; s < 2; ++s) {
     const SimilarityRows<T>& side = s == 0 ? call.image : call.text;
     const int64_t tasks = ceil_div(side.rows, kTileThreads);
