@@ -474,18 +474,17 @@ def logit_gradient(
     SHIFT: tl.constexpr,
 ):
     """dL/dlogit of a tile, before the weight, from the coefficients of its rows (AXIS 1) or columns (AXIS 0)."""
-    top = tl.load(coefficients)
     first = tl.load(coefficients + stride)
-    second = tl.load(coefficients + 2 * stride)
     if KIND == TRIPLET:
         third = tl.load(coefficients + 3 * stride)
-        # Coefficients of absent entries are 0, and none of those is taken.
-        first = tl.where(shifted, first, first * tl.exp2(-top))
-        third = tl.where(shifted, third, third * tl.exp2(-second))
         e = shared
         if SHIFT == ALWAYS:
-            e = tl.exp2(x - tl.where(positive, tl.expand_dims(top, AXIS), tl.expand_dims(second, AXIS)))
+            top = tl.expand_dims(tl.load(coefficients), AXIS)
+            other_top = tl.expand_dims(tl.load(coefficients + 2 * stride), AXIS)
+            e = tl.exp2(x - tl.where(positive, top, other_top))
         return e * tl.where(positive, tl.expand_dims(first, AXIS), tl.expand_dims(third, AXIS))
+    top = tl.load(coefficients)
+    second = tl.load(coefficients + 2 * stride)
     below = x - tl.expand_dims(top, AXIS)
     first = tl.where(shifted, first, first * tl.exp2(-top))
     e = shared
