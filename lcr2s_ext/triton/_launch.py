@@ -1,7 +1,8 @@
 """How the Triton operators are registered and their kernels launched."""
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,21 +42,44 @@ def operator(body: Operator, *, opaque: bool = INTERPRETED) -> Operator:
     return torch.library.triton_op(f"lcr2s_triton::{name}", on_its_device, mutates_args=())
 
 
+AUTOTUNE = os.environ.get("LCR2S_TRITON_AUTOTUNE") == "1"
+"""Time how many pipeline stages suit the losses' matrix kernels, once for each width, and keep the choice on disk."""
+
+STAGES = (2, 3, 4)
+"""What is tried: fewer stages leave room for more programs, more hide longer loads. Stages move no bit of a result;
+tile sizes and warps would, for sums are cut by them, and stay fixed."""
+
+
+@functools.cache
+def _tuned(kernel: Any, warps: int) -> Any:
+    configs = [triton.Config({}, num_warps=warps, num_stages=stages) for stages in STAGES]
+    return triton.autotune(configs, key=["padded_width"], cache_results=True)(kernel)
+
+
+class _Tunable:
+    """Launches a matrix kernel of the losses with the number of stages that was fastest."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, num_warps: int, num_stages: int, **constants: Any) -> Any:
+            if constants.get("KEPT"):
+                # Writes over what it reads: a second run, to time it, would read something else.
+                options = {"num_warps": num_warps, "num_stages": num_stages}
+                return torch.library.wrap_triton(self.kernel)[grid](*args, **constants, **options)
+            return torch.library.wrap_triton(_tuned(self.kernel, num_warps))[grid](*args, **constants)
+
+        return launch
+
+
 def wrap_triton(kernel: Any) -> Any:
     """`wrap_triton(kernel)[grid](...)` launches `kernel`, eagerly, traced by torch.compile or in the interpreter."""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
-
-
-def autotune(configs: Sequence[tuple[int, int]], key: Sequence[str]) -> Callable[[Any], Any]:
-    """Choose (num_warps, num_stages) by timing, once for each value of `key`, and keep the choice on disk.
-
-    Only for kernels whose sums do not depend on the number of warps (a tl.dot does not, a tl.sum does): the choice may
-    differ between machines, the bits may not. In the interpreter there is nothing to choose.
-    """
     if INTERPRETED:
-        return lambda kernel: kernel
-    choices = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in configs]
-    return triton.autotune(choices, key=list(key), cache_results=True)
+        return kernel
+    if AUTOTUNE and "PIECES" in kernel.arg_names:
+        return _Tunable(kernel)
+    return torch.library.wrap_triton(kernel)
 
 
 off_cuda_capability = 80
