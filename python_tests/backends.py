@@ -19,22 +19,28 @@ DEVICES = {
 }
 """Backend -> device type of the tensors that it takes."""
 
-_MISSING = {
-    "cuda": None if torch.cuda.is_available() else "no usable GPU",
-    "triton": triton.UNAVAILABLE,
-}
+MISSING: dict[str, str] = {}
+"""Backend -> why this machine has none of its tests; the run's header says so."""
+if not torch.cuda.is_available():
+    MISSING["cuda"] = "no usable GPU"
+if triton.UNAVAILABLE is not None:
+    MISSING["triton"] = triton.UNAVAILABLE
+
+
+def _here(names: Sequence[str]) -> list[str]:
+    return [name for name in names or DEVICES if name not in MISSING]
 
 
 def backends(*names: str) -> list[Any]:
-    """Parameters for "backend"; what this machine lacks (a GPU, triton) is skipped and says so."""
-    return [_parameter(name) for name in names or DEVICES]
+    """Parameters for "backend", of those named (none: of all) that this machine has."""
+    return [_parameter(name) for name in _here(names)]
 
 
 def backends_and_dtypes(dtypes: Sequence[torch.dtype], *names: str) -> list[Any]:
     """Parameters for ("backend", "dtype"): every pair but float64 in Triton, which refuses it."""
     return [
         _parameter(name, dtype)
-        for name in names or DEVICES
+        for name in _here(names)
         for dtype in dtypes
         if not (name == "triton" and dtype == torch.float64)
     ]
@@ -53,17 +59,15 @@ def widest_dtype(backend: str) -> torch.dtype:
 def cases(keep: Callable[..., bool], *parameters: Iterable[Any], among: Sequence[Any]) -> list[Any]:
     """Every (*parameters, backend) for which keep(*parameters) holds, or whose backend is not interpreted."""
     return [
-        pytest.param(*values, *backend.values, id="-".join([*map(str, values), *backend.values]), marks=backend.marks)
+        pytest.param(*values, *backend.values, id="-".join([*map(str, values), *backend.values]))
         for *values, backend in itertools.product(*parameters, among)
         if not interpreted(backend.values[0]) or keep(*values)
     ]
 
 
 def _parameter(backend: str, *more: Any) -> Any:
-    reason = _MISSING.get(backend)
-    marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
     name = "-".join([backend, *(str(value).removeprefix("torch.") for value in more)])
-    return pytest.param(backend, *more, id=name, marks=marks)
+    return pytest.param(backend, *more, id=name)
 
 
 def on(backend: str, value: Any) -> Any:

@@ -16,6 +16,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_report_header() -> str:
+    """What this machine lacks, and whose tests are therefore not collected."""
+    from backends import MISSING
+
+    return "; ".join(f"not collected: tests of {name} ({why})" for name, why in MISSING.items())
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Each test starts from one seed and on one thread: the workers of the test run already fill the cores."""
