@@ -304,7 +304,7 @@ def test_early_messages(config_of: Configure, data: TrainingData, tmp_path: Path
         prepare_data(TrainConfig())
     with pytest.raises(FileNotFoundError, match="CUHK-PEDES"):
         prepare_data(config_of(f"data.root={tmp_path}"))
-    with pytest.raises(ConfigError, match=r"model\.preset: expected one of tiny, small, got 'tony'"):
+    with pytest.raises(ConfigError, match=r"model\.preset: expected one of tiny, small, .*got 'tony'"):
         prepare_data(config_of("model.preset=tony"))
     with pytest.raises(ConfigError, match=r"model\.image_size"):
         prepare_data(config_of("model.image_size=[64]"))
