@@ -72,12 +72,18 @@ def resources() -> dict[str, list[Resources]]:
 def table(found: dict[str, list[Resources]]) -> str:
     kernels = [kernel for file in found.values() for kernel in file]
     architectures = sorted({kernel.architecture for kernel in kernels}, key=lambda a: int(re.sub(r"\D", "", a)))
-    lines = ["kernel: registers (+ bytes of spills) on " + ", ".join(architectures)]
+    static = max((kernel.shared for kernel in kernels), default=0)
+    lines = [
+        "kernel: registers, +bytes of spills, /bytes of stack, on " + ", ".join(architectures),
+        f"static shared memory: at most {static} bytes; what a launch asks for is in csrc/cuda/*_plan.h and docs/kernels.md",
+    ]
     for name in dict.fromkeys(kernel.kernel for kernel in kernels):
         cells = []
         for architecture in architectures:
             one = [k for k in kernels if (k.kernel, k.architecture) == (name, architecture)]
-            cells.append(f"{one[0].registers}{f'+{one[0].spills}' if one[0].spills else ''}" if one else "-")
+            spills = f"+{one[0].spills}" if one and one[0].spills else ""
+            stack = f"/{one[0].stack}" if one and one[0].stack else ""
+            cells.append(f"{one[0].registers}{spills}{stack}" if one else "-")
         lines.append(f"{name}: " + " ".join(cells))
     return "\n".join(lines)
 
