@@ -75,7 +75,7 @@ def table(found: dict[str, list[Resources]]) -> str:
     static = max((kernel.shared for kernel in kernels), default=0)
     lines = [
         "kernel: registers, +bytes of spills, /bytes of stack, on " + ", ".join(architectures),
-        f"static shared memory: at most {static} bytes; what a launch asks for is in csrc/cuda/*_plan.h and docs/kernels.md",
+        f"static shared memory: at most {static} bytes; dynamic: what a launch asks for (docs/kernels.md)",
     ]
     for name in dict.fromkeys(kernel.kernel for kernel in kernels):
         cells = []
