@@ -8,15 +8,9 @@ import torch
 from tolerances import assert_matches_oracle, gradients
 from torch import Tensor
 
-from lcr2s_ext.ops import _library, relation_frobenius_loss, relation_kl_loss
+from lcr2s_ext.ops import relation_frobenius_loss, relation_kl_loss
 
-EMULATED = _library.compiled() and torch.ops.lcr2s.emulates_cuda()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    not EMULATED and not (DEVICE == "cuda" and _library.has_kernel("relation_kl", "cuda")),
-    reason="needs a GPU, or the build whose CPU tensors run the CUDA kernels",
-)
-
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Budgets in bytes: one tile of rows at a time; a few; everything at once, cosines kept where their width is worth it.
 BUDGETS = [0, 1 << 19, 1 << 26]

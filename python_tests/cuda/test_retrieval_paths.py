@@ -7,16 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcr2s_ext.ops import _library
 from lcr2s_ext.reference import retrieval as reference
 
-EMULATED = _library.compiled() and torch.ops.lcr2s.emulates_cuda()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    not EMULATED and not (DEVICE == "cuda" and _library.has_kernel("topk_similarity", "cuda")),
-    reason="needs a GPU, or the build whose CPU tensors run the CUDA kernels",
-)
-
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Budgets in bytes: one query and one tile of the gallery at a time; a few; everything at once.
 BUDGETS = [0, 1 << 19, 1 << 26]

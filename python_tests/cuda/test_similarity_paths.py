@@ -10,15 +10,9 @@ import torch
 from tolerances import assert_matches_oracle
 from torch import Tensor
 
-from lcr2s_ext.ops import _library, cmpm_loss, info_nce_loss, sdm_loss, tal_loss
+from lcr2s_ext.ops import cmpm_loss, info_nce_loss, sdm_loss, tal_loss
 
-EMULATED = _library.compiled() and torch.ops.lcr2s.emulates_cuda()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    not EMULATED and not (DEVICE == "cuda" and _library.has_kernel("sdm", "cuda")),
-    reason="needs a GPU, or the build whose CPU tensors run the CUDA kernels",
-)
-
 # (image rows, text rows, width): several tiles each way, the last ones nearly empty or nearly full.
 SHAPES = [(130, 260, 20), (257, 100, 130)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
