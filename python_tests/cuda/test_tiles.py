@@ -1,4 +1,4 @@
-"""The tile products and the packing of unit rows (csrc/cuda/tile.h, panel.h, pack.h), run whole in the emulator.
+"""The tile products and the packing of unit rows (csrc/cuda/tile.h, panel.h; pack.h here), run whole in the emulator.
 
 Where nvcc is found the same kernels are also compiled for GPUs, and must fit their registers.
 """
@@ -162,7 +162,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The emulator and the packing kernels, compiled once."""
     folder = tmp_path_factory.mktemp("emulator")
     built = []
-    for source in (CSRC / "cuda/pack.cu", CSRC / "emulation/emulator.cpp", CSRC / "emulation/fiber.cpp"):
+    for source in (KERNELS.with_name("pack.cu"), CSRC / "emulation/emulator.cpp", CSRC / "emulation/fiber.cpp"):
         built.append(folder / f"{source.stem}.o")
         compile_for_emulator(built[-1], source)
     return built

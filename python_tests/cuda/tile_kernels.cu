@@ -1,10 +1,10 @@
 // Kernels around the tile products (csrc/cuda/tile.h) and pack_unit_rows, which test_tiles.py compiles for the emulator
 // and calls through ctypes, and compiles for GPUs to see what they use.
 #include "cuda/launch.h"
-#include "cuda/pack.h"
 #include "cuda/tile_mma.h"
 #include "cuda/tile_simt.h"
 #include "cuda/tile_wgmma.h"
+#include "pack.h"
 
 using namespace lcr2s;
 using namespace lcr2s::cuda;

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "../cpu/features.h"
-#include "panel.h"
+#include "cpu/features.h"
+#include "cuda/panel.h"
 
 namespace lcr2s::cuda {
 

@@ -1,7 +1,7 @@
 #include "pack.h"
 
-#include "launch.h"
-#include "warp.h"
+#include "cuda/launch.h"
+#include "cuda/warp.h"
 
 namespace lcr2s::cuda {
 
