@@ -7,37 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lcr2s_ext.training.config import ConfigError, TrainConfig, dump_config, load_config, to_dict
-    from lcr2s_ext.training.run import (
-        StageResult,
+    from lcr2s_ext.training.fit import StageResult, fit_one_stage, fit_student, fit_teacher
+    from lcr2s_ext.training.prepare import (
         TrainingData,
-        TrainResult,
         evaluate_student,
         evaluate_teacher,
-        fit_one_stage,
-        fit_student,
-        fit_teacher,
         make_loader,
         prepare_data,
-        train,
     )
+    from lcr2s_ext.training.run import TrainResult, train
     from lcr2s_ext.training.stages import TrainingError
 
 _HOMES = {
     "ConfigError": "config",
-    "StageResult": "run",
+    "StageResult": "fit",
     "TrainConfig": "config",
     "TrainResult": "run",
-    "TrainingData": "run",
+    "TrainingData": "prepare",
     "TrainingError": "stages",
     "dump_config": "config",
-    "evaluate_student": "run",
-    "evaluate_teacher": "run",
-    "fit_one_stage": "run",
-    "fit_student": "run",
-    "fit_teacher": "run",
+    "evaluate_student": "prepare",
+    "evaluate_teacher": "prepare",
+    "fit_one_stage": "fit",
+    "fit_student": "fit",
+    "fit_teacher": "fit",
     "load_config": "config",
-    "make_loader": "run",
-    "prepare_data": "run",
+    "make_loader": "prepare",
+    "prepare_data": "prepare",
     "to_dict": "config",
     "train": "run",
 }

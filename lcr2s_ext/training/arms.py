@@ -192,7 +192,8 @@ def train_stage(
     from safetensors.torch import load_file, save_file
 
     from lcr2s_ext.models import LCR2S
-    from lcr2s_ext.training.run import evaluate_student, evaluate_teacher, fit_student, fit_teacher, make_teacher
+    from lcr2s_ext.training.fit import fit_student, fit_teacher
+    from lcr2s_ext.training.prepare import evaluate_student, evaluate_teacher, make_teacher
 
     settings = load_config(None, plan.overrides, base=to_dict(config)) if plan.overrides else config
     init = None if plan.init is None else LCR2S.from_pretrained(folder / plan.init).student

@@ -472,7 +472,7 @@ def _stage_in_worker(stage: StagePlan, config: TrainConfig, folder: Path, key: t
 
 
 def _stage(stage: StagePlan, config: TrainConfig, folder: Path, on_epoch: Callable[[int], None]) -> StageOutcome:
-    from lcr2s_ext.training.run import prepare_data
+    from lcr2s_ext.training.prepare import prepare_data
 
     if config.data.root not in _corpora:
         # One corpus at a time: runs are ordered by corpus, and a decoded one is tens of megabytes.

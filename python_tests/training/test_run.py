@@ -26,7 +26,7 @@ from lcr2s_ext.training import (
     prepare_data,
     train,
 )
-from lcr2s_ext.training.run import make_model, make_teacher
+from lcr2s_ext.training.prepare import make_model, make_teacher
 from lcr2s_ext.training.stages import StudentStage, TeacherStage, step_seed
 
 Configure = Callable[..., TrainConfig]
