@@ -4,28 +4,47 @@ import argparse
 import csv
 import ctypes
 import datetime
+import functools
 import gc
+import importlib.metadata
+import os
 import platform
+import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lcr2s_ext import __version__
 from lcr2s_ext.ops import _backend, _library
 
 Candidate = Callable[[], list[Tensor]]
 DTYPES = ["float32", "bfloat16", "float16"]
+RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = [
     *("op", "part", "rows", "columns", "width", "detail", "dtype", "candidate"),
-    *("ms_p20", "ms", "ms_p80", "times_the_kernel", "cpu_ms", "device_ms", "peak_mib", "limit_ms", "share_of_limit"),
-    *("note", "machine", "commit", "time"),
+    *("ms_p20", "ms", "ms_p80", "ratio", "cpu_ms", "device_ms", "peak_mib", "limit_ms", "share_of_limit"),
+    *("axis", "value", "exponent", "note"),
+    *("machine", "driver", "threads", "python", "torch", "triton", "lcr2s_ext", "peers"),
+    *("peak_tflops", "copy_gb_per_s", "commit", "time"),
 ]
-"""Columns of the results file, the same for every family. `ms` is wall time as a caller sees it, `device_ms` a replayed
-CUDA graph's, with a cold L2."""
+"""Columns of the results file, the same for every family.
+
+`ms` is wall time as a caller sees it, with its 20th and 80th percentile, `ratio` the same over the time of our kernel
+(of the plain dual encoder for training); `device_ms` a replayed CUDA graph's, with a cold L2; `cpu_ms` processor time
+of all threads. `limit_ms` follows from what `calibrate` found, `peak_tflops` (of the row's dtype) and
+`copy_gb_per_s`. A row of a scaling curve names the quantity that grows in `axis` and its size in `value`; a row with an
+`exponent` is that of a fit and has no times. `note` says why there is no figure, or what is special about it.
+"""
+PEERS = (
+    *("liger-kernel", "inf-cl", "cut-cross-entropy", "quack-kernels", "flash-attn", "torchmetrics"),
+    *("pytorch-metric-learning", "faiss-cpu", "faiss-gpu", "open-clip-torch"),
+)
+"""Packages whose versions are written beside every figure, where they are installed."""
 
 
 class Work(NamedTuple):
@@ -45,12 +64,26 @@ class Limits(NamedTuple):
         return 1e3 * max(work.flops / self.flops[dtype], work.bytes / self.bandwidth)
 
 
+class Turns(Protocol):
+    """How two processes that measure the same candidates take turns (compare.py)."""
+
+    def wait(self) -> None:
+        """Return when it is this process's turn."""
+
+    def ran(self, name: str, seconds: float) -> None:
+        """Take the time of one run."""
+
+    def report(self, title: str, rows: list[dict[str, object]]) -> None:
+        """Take the rows of one comparison."""
+
+
 class Settings(NamedTuple):
     device: torch.device
     rounds: int
     compile: bool
     csv: Path | None
     limits: Limits
+    turns: Turns | None = None
 
     @property
     def ours(self) -> str:
@@ -59,25 +92,63 @@ class Settings(NamedTuple):
 
 
 def machine(device: torch.device) -> str:
-    """The processor and the software that the figures belong to."""
+    """The processor that the figures belong to."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        driver = torch._C._cuda_getDriverVersion()
-        return (
-            f"{properties.name}, {properties.multi_processor_count} multiprocessors, CUDA driver {driver}, "
-            f"torch {torch.__version__}"
-        )
+        return f"{properties.name}, {properties.multi_processor_count} multiprocessors"
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = [line.split(":", 1) for line in info.read_text().splitlines() if ":" in line]
         fields = {key.strip(): value.strip() for key, value in lines}
         name = f"{fields.get('model name', name)} family {fields.get('cpu family')} model {fields.get('model')}"
-    isa = _library.ISA_NAMES[torch.ops.lcr2s.cpu_isa()]
-    return f"{name}, {torch.get_num_threads()} threads, {isa} kernels, torch {torch.__version__}"
+    return f"{name}, {os.cpu_count()} cores"
 
 
-def _commit() -> str:
+def results_file(device: torch.device) -> Path:
+    """Where this machine's results belong: results/<machine>.csv."""
+    return RESULTS / f"{re.sub('[^a-z0-9]+', '-', machine(device).lower()).strip('-')}.csv"
+
+
+@functools.lru_cache
+def _driver(device: torch.device) -> str:
+    if device.type == "cpu":
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        version = "unknown"
+    return f"{version}, CUDA {torch._C._cuda_getDriverVersion()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def software(device: torch.device) -> dict[str, object]:
+    """Machine, driver and versions, as the results file holds them."""
+    ours = __version__
+    if device.type == "cpu" and _library.compiled():
+        ours += f" {_library.ISA_NAMES[torch.ops.lcr2s.cpu_isa()]}"
+    return {
+        "machine": machine(device),
+        "driver": _driver(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "lcr2s_ext": ours,
+        "peers": ", ".join(f"{package} {_version(package)}" for package in PEERS if _version(package)),
+    }
+
+
+@functools.lru_cache
+def commit() -> str:
+    """What git calls the measured tree."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -91,12 +162,21 @@ def _synchronize(device: torch.device) -> None:
 
 
 def calibrate(device: torch.device) -> Limits:
-    """Best of three for a large copy (bytes read and written) and a large matrix product in each dtype."""
+    """What torch reaches with this number of threads: a copy of 128 MiB (1 GiB on a GPU; bytes read and written) and
+    its library's product of two matrices in each dtype. The best of at least five runs and half a second each: what a
+    busy machine takes away shows as a slower run, never as a faster one. Measured once in a process.
+    """
+    return _calibrate(device, torch.get_num_threads())
 
+
+# The number of threads is an argument so that what was measured with another one is not taken.
+@functools.lru_cache
+def _calibrate(device: torch.device, threads: int) -> Limits:
     def best(run: Callable[[], object]) -> float:
         run()
-        times = []
-        for _ in range(3):
+        times: list[float] = []
+        end = time.perf_counter() + 0.5
+        while len(times) < 5 or time.perf_counter() < end:
             _synchronize(device)
             start = time.perf_counter()
             run()
@@ -118,6 +198,21 @@ def calibrate(device: torch.device) -> Limits:
     return Limits(flops, bandwidth)
 
 
+_only: set[str] | None = None
+"""Names of the candidates to measure, set by `parse_arguments`; None for all."""
+_turns: Turns | None = None
+
+
+def take_turns(turns: Turns) -> None:
+    """Make every comparison of this process wait for its turns and report to them."""
+    global _turns
+    _turns = turns
+
+
+def _selected(candidates: Mapping[str, Candidate | str]) -> dict[str, Candidate | str]:
+    return {name: candidate for name, candidate in candidates.items() if _only is None or name in _only}
+
+
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments that all benchmarks share, added and parsed; `settings` holds what `compare` needs."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -125,16 +220,28 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager forms")
+    parser.add_argument("--only", nargs="+", metavar="CANDIDATE", help="measure these alone, named as in the tables")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(arguments)
+    args.settings = make_settings(args)
+    return args
+
+
+def make_settings(args: argparse.Namespace) -> Settings:
+    """What `compare` needs, of the shared arguments; prints the machine and its limits."""
+    global _only
+    _only = set(args.only) if args.only else None
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no usable GPU here")
     limits = calibrate(device)
-    rates = ", ".join(f"{dtype} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in limits.flops.items())
-    print(f"{machine(device)}\ntorch reaches: {rates}, copy {limits.bandwidth / 1e9:.0f} GB/s")
-    args.settings = Settings(device, args.rounds, args.compile, args.csv, limits)
-    return args
+    rates = ", ".join(f"{dtype} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in limits.flops.items())
+    versions = software(device)
+    print(f"{versions.pop('machine')}: {', '.join(f'{key} {value}' for key, value in versions.items() if value)}")
+    print(f"torch reaches: matrix products {rates}; copy {limits.bandwidth / 1e9:.0f} GB/s", flush=True)
+    return Settings(device, args.rounds, args.compile, args.csv, limits, _turns)
 
 
 def our_backends(op: str, device: torch.device) -> dict[str, str | None]:
@@ -155,17 +262,25 @@ def checked(
     found: dict[str, Candidate | str], exact: Sequence[Tensor], tolerance: float, title: str
 ) -> dict[str, Candidate | str]:
     """The candidates, each verified; one that runs out of memory becomes the row that says so."""
-    result: dict[str, Candidate | str] = {}
-    for name, candidate in found.items():
-        result[name] = candidate
+    result = _selected(found)
+    for name, candidate in result.items():
         if isinstance(candidate, str):
             continue
         try:
             verify(f"{title}, {name}", candidate(), exact, tolerance)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             result[name] = "out of memory"
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     return result
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation was refused; torch's CPU allocator has no exception of its own for it."""
+    words = ("can't allocate memory", "bad_alloc", "Cannot allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _resident(field: str) -> int:
@@ -225,9 +340,13 @@ def _device_seconds(graph: torch.cuda.CUDAGraph, flush: Tensor) -> float:
 
 
 def compare(
-    candidates: dict[str, Candidate | str], settings: Settings, dtype: str, work: Work | None = None
+    candidates: dict[str, Candidate | str],
+    settings: Settings,
+    dtype: str,
+    work: Work | None = None,
+    baseline: str | None = None,
 ) -> list[dict[str, object]]:
-    """One row for each candidate: wall time (median, 20th and 80th percentile) also as a multiple of the kernel's,
+    """One row for each candidate: wall time (median, 20th and 80th percentile) also as a multiple of the baseline's,
     processor time of all threads (CPU) or the time of a replayed CUDA graph (GPU), peak MiB, and the share of the limit
     that `work` sets on this machine.
 
@@ -239,8 +358,10 @@ def compare(
         settings: of this run.
         dtype: of the inputs, whose rate `work` is held against.
         work: what must be done at least.
+        baseline: the candidate that ratios refer to; None for our kernel.
     """
     device = settings.device
+    candidates = _selected(candidates)
     running = {name: candidate for name, candidate in candidates.items() if not isinstance(candidate, str)}
     notes = {name: candidate for name, candidate in candidates.items() if isinstance(candidate, str)}
     memory = {name: peak_memory(candidate, device) for name, candidate in running.items()}
@@ -258,6 +379,8 @@ def compare(
     on_device: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(settings.rounds):
         for name, candidate in running.items():
+            if settings.turns is not None:
+                settings.turns.wait()
             _synchronize(device)
             start, start_processor = time.perf_counter(), time.process_time()
             candidate()
@@ -266,8 +389,11 @@ def compare(
             processor[name].append(time.process_time() - start_processor)
             if name in graphs:
                 on_device[name].append(_device_seconds(graphs[name], flush))
+            if settings.turns is not None:
+                settings.turns.ran(name, (on_device[name] or wall[name])[-1])
     limit = settings.limits.milliseconds(work, dtype) if work else None
-    kernel = _quantiles(wall[settings.ours])[1] if settings.ours in running else None
+    baseline = settings.ours if baseline is None else baseline
+    reference = _quantiles(wall[baseline])[1] if baseline in running else None
     rows: list[dict[str, object]] = []
     for name in candidates:
         row: dict[str, object] = {"candidate": name, "note": notes.get(name, "")}
@@ -281,8 +407,8 @@ def compare(
             elif on_device[name]:
                 best = _quantiles(on_device[name])[1]
                 row["device_ms"] = round(best, 4)
-            if kernel:
-                row["times_the_kernel"] = round(middle / kernel, 2)
+            if reference:
+                row["ratio"] = round(middle / reference, 3)
             if limit:
                 row |= {"limit_ms": round(limit, 4), "share_of_limit": round(limit / best, 3)}
         rows.append(row)
@@ -292,6 +418,9 @@ def compare(
 def report(title: str, rows: list[dict[str, object]], settings: Settings) -> None:
     """Print the rows of one comparison, and append them to the results file where one is given."""
     on_device = "device ms" if settings.device.type == "cuda" else "cpu ms"
+    if settings.turns is not None:
+        settings.turns.report(title, rows)
+        return
     print(f"\n{title}")
     print(f"{'':26}{'wall ms [p20, p80]':>34}{'ratio':>9}{on_device:>11}{'of limit':>10}{'peak MiB':>11}")
     for row in rows:
@@ -301,20 +430,35 @@ def report(title: str, rows: list[dict[str, object]], settings: Settings) -> Non
         spread = f"{row['ms']:.3f} [{row['ms_p20']:.3f}, {row['ms_p80']:.3f}]"
         second = row.get("device_ms", row.get("cpu_ms", ""))
         print(
-            f"{row['candidate']:26}{spread:>34}{row.get('times_the_kernel', ''):>8}x{second:>11}"
+            f"{row['candidate']:26}{spread:>34}{row.get('ratio', ''):>8}x{second:>11}"
             f"{row.get('share_of_limit', ''):>10}{row['peak_mib']:>11}  {row['note']}",
             flush=True,
         )
+    if settings.csv is not None:
+        write(rows, settings)
+
+
+def write(rows: list[dict[str, object]], settings: Settings) -> None:
+    """Append rows to the results file, each with the machine, the versions, the limits, commit and time."""
     if settings.csv is None:
-        return
+        raise ValueError("settings.csv: expected a file to write to, got None")
     shared = {
-        "machine": machine(settings.device),
-        "commit": _commit(),
+        **software(settings.device),
+        "copy_gb_per_s": round(settings.limits.bandwidth / 1e9, 1),
+        "commit": commit(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+    settings.csv.parent.mkdir(parents=True, exist_ok=True)
     fresh = not settings.csv.exists()
+    if not fresh:
+        with settings.csv.open(newline="") as file:
+            if next(csv.reader(file), FIELDS) != FIELDS:
+                raise SystemExit(f"--csv: {settings.csv} has other columns than this version writes; name another file")
     with settings.csv.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         if fresh:
             writer.writeheader()
-        writer.writerows({**row, **shared} for row in rows)
+        for row in rows:
+            rate = settings.limits.flops.get(str(row.get("dtype")))
+            peak = {} if rate is None else {"peak_tflops": round(rate / 1e12, 4)}
+            writer.writerow({**shared, **peak, **row})
