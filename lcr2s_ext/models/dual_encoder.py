@@ -118,7 +118,16 @@ class Teacher(nn.Module):
             image_support: ``B`` sets over the ``Mv`` rows, self included; ``None`` fuses every row with itself alone.
             text_support: ``B`` sets over the ``Mt`` rows.
         """
-        image, text = self.encoders(images, tokens)
+        return self.fuse(*self.encoders(images, tokens), image_support, text_support)
+
+    def fuse(
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_support: ops.SupportIndex | None = None,
+        text_support: ops.SupportIndex | None = None,
+    ) -> TeacherFeatures:
+        """The same from the encoders' ``(Mv, d)`` and ``(Mt, d)`` features, wherever the support rows come from."""
         return TeacherFeatures(
             self.image_fusion(image, image_support),
             self.text_fusion(text, text_support),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -89,14 +90,28 @@ class ModelConfig:
 class LossConfig:
     """Alignment and identity losses, the same for teacher and student."""
 
-    align: str = "sdm"
+    align: str | list[str] | dict[str, float] = "sdm"
+    """``sdm``, ``info_nce``, ``cmpm`` or ``tal``; a list of them, or a mapping to weights, is their weighted sum."""
     logit_scale: float = 1.0 / 0.12
+    """Of SDM and InfoNCE; TAL's temperature is its inverse, CMPM has none."""
+    logit_scales: dict[str, float] = field(default_factory=dict)
+    """Loss -> its own logit scale, where losses that are combined want different ones."""
     learn_logit_scale: bool = False
+    """One learnt scale for each of SDM and InfoNCE."""
     many_to_many: bool = True
-    """False takes each row's own caption as its only positive (``info_nce`` only)."""
+    """False takes each row's own caption as its only positive (in ``info_nce`` alone)."""
     align_weight: float = 1.0
     identity_weight: float = 1.0
     label_smoothing: float = 0.0
+
+    @property
+    def align_terms(self) -> dict[str, float]:
+        """The alignment losses with a positive weight."""
+        if isinstance(self.align, str):
+            return {self.align: 1.0}
+        if isinstance(self.align, list):
+            return dict.fromkeys(self.align, 1.0)
+        return {name: weight for name, weight in self.align.items() if weight}
 
 
 @dataclass
@@ -205,7 +220,6 @@ class TrainConfig:
             "progress": (self.progress, ("auto", "rich", "tqdm", "none")),
             "data.sampler": (self.data.sampler, ("random", "identity")),
             "data.support": (self.data.support, ("drawn", "batch", "none")),
-            "loss.align": (self.loss.align, ("sdm", "info_nce", "cmpm", "tal")),
             "teacher.start": (self.teacher.start, ("scratch", "auxiliary", "warm", "frozen")),
             "distill.feature_reduction": (self.distill.feature_reduction, ("row", "sum", "mean")),
             "distill.relation": (self.distill.relation, ("frobenius", "kl", "none")),
@@ -216,6 +230,7 @@ class TrainConfig:
         for key, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {value!r}{_near(value, allowed)}")
+        self._validate_align()
         for logger in self.loggers:
             if logger not in ("csv", "tensorboard"):
                 raise ConfigError(f"loggers: expected csv or tensorboard, got {logger!r}")
@@ -277,15 +292,38 @@ class TrainConfig:
         for key, number in probabilities.items():
             if not 0 <= number <= 1:
                 raise ConfigError(f"{key}: expected a number in [0, 1], got {number}")
-        if not self.loss.many_to_many and self.loss.align != "info_nce":
-            raise ConfigError(f"loss.many_to_many: false needs loss.align=info_nce, got {self.loss.align}")
         if self.optim.milestones and self.optim.schedule != "step":
             raise ConfigError(f"optim.milestones: need optim.schedule=step, got {self.optim.schedule}")
-        if self.loss.learn_logit_scale and self.loss.align not in ("sdm", "info_nce"):
-            raise ConfigError(f"loss.learn_logit_scale: {self.loss.align} has no logit scale to learn")
+
+    def _validate_align(self) -> None:
+        loss = self.loss
+        named = [loss.align] if isinstance(loss.align, str) else list(loss.align)
+        for key, names in (("loss.align", named), ("loss.logit_scales", list(loss.logit_scales))):
+            for name in names:
+                if name not in _ALIGN:
+                    raise ConfigError(f"{key}: expected one of {', '.join(_ALIGN)}, got {name!r}{_near(name, _ALIGN)}")
+        if isinstance(loss.align, dict) and not all(0 <= weight < math.inf for weight in loss.align.values()):
+            raise ConfigError(f"loss.align: expected weights of at least 0, got {loss.align}")
+        if len(set(named)) != len(named) or not loss.align_terms:
+            raise ConfigError(f"loss.align: expected at least one loss, each once, got {loss.align}")
+        for name, scale in loss.logit_scales.items():
+            if name == "cmpm" or not 0 < scale < math.inf:
+                raise ConfigError(
+                    f"loss.logit_scales.{name}: expected a positive number for sdm, info_nce or tal, got {scale}"
+                )
+        terms = loss.align_terms
+        if not loss.many_to_many and "info_nce" not in terms:
+            raise ConfigError(f"loss.many_to_many: false needs info_nce in loss.align, got {loss.align}")
+        if loss.learn_logit_scale and not {"sdm", "info_nce"} & set(terms):
+            raise ConfigError(f"loss.learn_logit_scale: {', '.join(terms)} has no logit scale to learn")
 
 
 _Dataclass = TypeVar("_Dataclass")
+
+_ALIGN = ("sdm", "info_nce", "cmpm", "tal")
+
+# Mappings that are one choice: a later one replaces an earlier one instead of adding to it.
+_CHOICES = ("align",)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -350,7 +388,7 @@ def load_config(
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(old)
     for key, value in new.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in _CHOICES:
             merged[key] = _merge(merged[key], value)
         else:
             merged[key] = value
@@ -395,10 +433,11 @@ def _build(cls: type[_Dataclass], values: Mapping[str, Any], prefix: str) -> _Da
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
     if isinstance(hint, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None:
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
             return None
-        hint = next(option for option in options if option is not type(None))
+        fitting = [option for option in options if isinstance(value, typing.get_origin(option) or option)]
+        hint = (fitting or options)[0]
     origin = typing.get_origin(hint) or hint
     if origin is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         # YAML 1.1 reads 2e-3 (no dot) as a string.

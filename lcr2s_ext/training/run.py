@@ -240,16 +240,20 @@ def _open_run(config: TrainConfig, out: Path, resume: bool) -> None:
     if not saved.is_file():
         raise TrainingError(f"out: {out} holds no run to resume (no {CONFIG_FILE})")
     old, new = _flat(to_dict(load_config(saved))), _flat(to_dict(config))
-    changed = [key for key in new if key not in _FREE_KEYS and old[key] != new[key]]
+    changed = [key for key in new if key not in _FREE_KEYS and old.get(key) != new[key]]
     if changed:
-        words = ", ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in changed[:3])
+        words = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed[:3])
         raise TrainingError(f"out: the run in {out} cannot be resumed with another configuration ({words})")
+
+
+# Mappings that are compared as one value: their keys may differ.
+_WHOLE = ("image_encoder", "text_encoder", "align", "logit_scales", "lr_multipliers")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and key not in ("image_encoder", "text_encoder"):
+        if isinstance(value, dict) and key not in _WHOLE:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

@@ -95,15 +95,23 @@ def parameter_groups(stage: nn.Module, optim: OptimConfig) -> list[dict[str, Any
 
 
 class TaskLoss(nn.Module):
-    """``align_weight * align(image, text, p) + identity_weight * id`` of one pair of feature batches."""
+    """``align_weight * align(image, text, p) + identity_weight * id`` of one pair of feature batches; ``align`` may be
+    a weighted sum, each of whose terms is reported.
+    """
 
     def __init__(self, config: LossConfig, width: int, num_identities: int) -> None:
         super().__init__()
-        self.align = make_alignment_loss(
-            config.align,
-            logit_scale=config.logit_scale,
-            learnable=config.learn_logit_scale,
-            many_to_many=config.many_to_many,
+        self.align_terms = config.align_terms
+        self.align = nn.ModuleDict(
+            {
+                name: make_alignment_loss(
+                    name,
+                    logit_scale=config.logit_scales.get(name, config.logit_scale),
+                    learnable=config.learn_logit_scale and name in ("sdm", "info_nce"),
+                    many_to_many=config.many_to_many,
+                )
+                for name in self.align_terms
+            }
         )
         self.identity = (
             IdentityLoss(width, num_identities, label_smoothing=config.label_smoothing)
@@ -115,7 +123,12 @@ class TaskLoss(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Weighted terms of ``(B, d)`` features and ``(B,)`` labels."""
-        terms = {"align": self.align_weight * self.align(image, text, labels)}
+        terms = {
+            "align" if len(self.align_terms) == 1 else f"align_{name}": self.align_weight
+            * weight
+            * self.align[name](image, text, labels)
+            for name, weight in self.align_terms.items()
+        }
         if self.identity is not None:
             terms["identity"] = self.identity_weight * self.identity(image, text, labels)
         return terms

@@ -48,6 +48,13 @@ def test_written_configuration_is_whole_and_reads_back(tmp_path: Path) -> None:
         ("data.batch_size=0", "data.batch_size"),
         ("loss.align=smd", "loss.align: expected one of sdm.*did you mean sdm"),
         ("loss.many_to_many=false", "loss.many_to_many"),
+        ("loss.align=[sdm, tla]", "loss.align: expected one of sdm.*did you mean tal"),
+        ("loss.align=[sdm, sdm]", "loss.align: expected at least one loss, each once"),
+        ("loss.align={sdm: 0}", "loss.align: expected at least one loss"),
+        ("loss.align={sdm: -1}", "loss.align: expected weights of at least 0"),
+        ("loss.align={sdm: one}", "loss.align.sdm: expected float, got 'one'"),
+        ("loss.align=3", "loss.align: expected"),
+        ("loss.logit_scales={cmpm: 3}", "loss.logit_scales.cmpm"),
         ("loggers=[wandb]", "loggers"),
         ("epochs", "expected key=value"),
         ("epochs=[", "epochs"),
@@ -72,3 +79,15 @@ def test_learnt_scale_needs_a_loss_that_has_one() -> None:
     with pytest.raises(ConfigError, match="learn_logit_scale"):
         load_config(None, ["loss.align=cmpm", "loss.learn_logit_scale=true"])
     assert TrainConfig().loss.align == "sdm"
+
+
+def test_losses_combine(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("loss: {align: {sdm: 1, tal: 0.5, cmpm: 0}}\n")
+    config = load_config(file, ["loss.logit_scales={tal: 60}"])
+    assert config.loss.align_terms == {"sdm": 1.0, "tal": 0.5}
+    dump_config(config, tmp_path / "d.yaml")
+    assert load_config(tmp_path / "d.yaml").loss == config.loss
+    # A later choice replaces an earlier one, it does not add to it.
+    assert load_config(file, ["loss.align={info_nce: 2}"]).loss.align_terms == {"info_nce": 2.0}
+    assert load_config(None, ["loss.align=[cmpm, tal]"]).loss.align_terms == {"cmpm": 1.0, "tal": 1.0}
