@@ -118,7 +118,8 @@ class Teacher(nn.Module):
             image_support: ``B`` sets over the ``Mv`` rows, self included; ``None`` fuses every row with itself alone.
             text_support: ``B`` sets over the ``Mt`` rows.
         """
-        return self.fuse(*self.encoders(images, tokens), image_support, text_support)
+        image, text = self.encoders(images, tokens)
+        return self.fuse(image, text, image_support, text_support)
 
     def fuse(
         self,
