@@ -65,7 +65,7 @@ class Limits(NamedTuple):
 
 
 class Turns(Protocol):
-    """How two processes that measure the same candidates take turns (compare.py)."""
+    """How two processes that measure the same cases take turns (compare.py)."""
 
     def wait(self) -> None:
         """Return when it is this process's turn."""
@@ -82,7 +82,7 @@ class Settings(NamedTuple):
     rounds: int
     compile: bool
     csv: Path | None
-    limits: Limits
+    limits: Limits | None
     turns: Turns | None = None
 
     @property
@@ -236,12 +236,14 @@ def make_settings(args: argparse.Namespace) -> Settings:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no usable GPU here")
+    if _turns is not None:
+        return Settings(device, args.rounds, args.compile, None, None, _turns)
     limits = calibrate(device)
     rates = ", ".join(f"{dtype} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in limits.flops.items())
     versions = software(device)
     print(f"{versions.pop('machine')}: {', '.join(f'{key} {value}' for key, value in versions.items() if value)}")
     print(f"torch reaches: matrix products {rates}; copy {limits.bandwidth / 1e9:.0f} GB/s", flush=True)
-    return Settings(device, args.rounds, args.compile, args.csv, limits, _turns)
+    return Settings(device, args.rounds, args.compile, args.csv, limits)
 
 
 def our_backends(op: str, device: torch.device) -> dict[str, str | None]:
@@ -391,7 +393,7 @@ def compare(
                 on_device[name].append(_device_seconds(graphs[name], flush))
             if settings.turns is not None:
                 settings.turns.ran(name, (on_device[name] or wall[name])[-1])
-    limit = settings.limits.milliseconds(work, dtype) if work else None
+    limit = settings.limits.milliseconds(work, dtype) if work and settings.limits else None
     baseline = settings.ours if baseline is None else baseline
     reference = _quantiles(wall[baseline])[1] if baseline in running else None
     rows: list[dict[str, object]] = []
@@ -444,7 +446,6 @@ def write(rows: list[dict[str, object]], settings: Settings) -> None:
         raise ValueError("settings.csv: expected a file to write to, got None")
     shared = {
         **software(settings.device),
-        "copy_gb_per_s": round(settings.limits.bandwidth / 1e9, 1),
         "commit": commit(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -459,6 +460,12 @@ def write(rows: list[dict[str, object]], settings: Settings) -> None:
         if fresh:
             writer.writeheader()
         for row in rows:
-            rate = settings.limits.flops.get(str(row.get("dtype")))
-            peak = {} if rate is None else {"peak_tflops": round(rate / 1e12, 4)}
-            writer.writerow({**shared, **peak, **row})
+            writer.writerow({**shared, **_reached(settings.limits, row), **row})
+
+
+def _reached(limits: Limits | None, row: Mapping[str, object]) -> dict[str, object]:
+    if limits is None:
+        return {}
+    rate = limits.flops.get(str(row.get("dtype")))
+    peak: dict[str, object] = {} if rate is None else {"peak_tflops": round(rate / 1e12, 4)}
+    return {**peak, "copy_gb_per_s": round(limits.bandwidth / 1e9, 1)}
