@@ -87,12 +87,14 @@ class BatchAugment(nn.Module):
         mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
         return pixels.sub_(mean).div_(std)
 
-    def forward(self, images: Tensor, seed: int = 0) -> Tensor:
+    def forward(self, images: Tensor, seed: int = 0, *, rows: Tensor | None = None, total: int | None = None) -> Tensor:
         """Augments (in training mode) and normalises.
 
         Args:
             images: uint8 (n, 3, H, W) on any device.
             seed: Determines every draw; draws are made on the host, so they are the same on every device.
+            rows: int64 (n) positions of these images among the ``total`` that are drawn for; None takes them for all.
+            total: Images of the whole batch, where ``rows`` is given.
 
         Returns:
             float32 (n, 3, H, W).
@@ -107,7 +109,8 @@ class BatchAugment(nn.Module):
 
         generator = torch.Generator().manual_seed(seed)
         # One row of uniform numbers per image, whatever is switched on.
-        draws = torch.rand((len(pixels), 10), generator=generator).to(pixels.device)
+        draws = torch.rand((len(pixels) if total is None else total, 10), generator=generator)
+        draws = (draws if rows is None else draws[rows.cpu()]).to(pixels.device)
         if self.pad or self.flip:
             pixels = self._move(pixels, draws)
         if self.brightness:

@@ -36,6 +36,9 @@ class PersonBatch:
         image_support: B sets over the image pool, the row itself first; None without support.
         text_support: B sets over the token pool, the row itself first; None without support.
         samples: int64 (B,) the anchors' caption numbers in the split.
+        image_rows: int64 (Mv,) position of each image in the pool that one process has for the whole batch, where this
+            is one rank's part of it; None where it is the whole.
+        whole_images: Images in that pool.
         epoch: From 0.
         step: Within the epoch, from 0.
     """
@@ -49,6 +52,8 @@ class PersonBatch:
     samples: Tensor
     epoch: int = 0
     step: int = 0
+    image_rows: Tensor | None = None
+    whole_images: int | None = None
 
     def __len__(self) -> int:
         """B, the number of anchors."""
@@ -78,6 +83,8 @@ class PersonBatch:
 class TrainingDataset(torch.utils.data.Dataset[PersonBatch]):
     """Makes a :class:`PersonBatch` from the numbers of its samples (captions).
 
+    Where several processes share a batch, each makes its part, with the support rows that one process draws for these
+    anchors in the whole batch: those that are no anchors of its own follow them in the pools.
     Draws depend on (seed, epoch, sample) alone, so that neither resuming nor the number of workers changes them.
 
     - ``support="none"``: the pools are the anchors.
@@ -159,7 +166,8 @@ class TrainingDataset(torch.utils.data.Dataset[PersonBatch]):
         """The batch of the given samples.
 
         Args:
-            samples: (B) caption numbers; what a sampler yields carries its epoch and step with it.
+            samples: (B) caption numbers; what a sampler yields carries its epoch, its step and the part of this process
+                with it.
             step: Step within the epoch, where ``samples`` does not say.
             epoch: Epoch, where ``samples`` does not say; None for what :meth:`set_epoch` set.
 
@@ -186,6 +194,13 @@ class TrainingDataset(torch.utils.data.Dataset[PersonBatch]):
             text_seed = self.seed ^ _TEXT_STREAM
             image_support = self._draw_from_batch(labels, images, anchors, self.seed, epoch)
             text_support = self._draw_from_batch(labels, anchors, anchors, text_seed, epoch)
+        pool = whole = None
+        if isinstance(samples, SampleBatch) and samples.ranks > 1:
+            own, whole = samples.own, len(image_rows)
+            pool, image_support = _part(own, image_support)
+            captions, text_support = _part(own, text_support)
+            image_rows, caption_rows = image_rows[pool], caption_rows[captions]
+            labels, images, anchors = (values[own.start : own.stop] for values in (labels, images, anchors))
         return PersonBatch(
             images=self.store.load(image_rows),
             tokens=self.tokens[caption_rows],
@@ -196,6 +211,8 @@ class TrainingDataset(torch.utils.data.Dataset[PersonBatch]):
             samples=anchors,
             epoch=epoch,
             step=step,
+            image_rows=pool,
+            whole_images=whole,
         )
 
     def _draw(
@@ -247,6 +264,22 @@ class TrainingDataset(torch.utils.data.Dataset[PersonBatch]):
         return torch.utils.data.DataLoader(
             self, batch_sampler=batches, collate_fn=_as_is, num_workers=num_workers, pin_memory=pin_memory
         )
+
+
+def _part(own: range, support: SupportIndex | None) -> tuple[Tensor, SupportIndex | None]:
+    """Rows of the pool that one rank needs, its anchors first, and the sets of its anchors over these rows."""
+    from lcr2s_ext.ops import SupportIndex
+
+    anchors = np.arange(own.start, own.stop)
+    if support is None:
+        return torch.from_numpy(anchors), None
+    indptr = support.indptr[own.start : own.stop + 1]
+    drawn = support.indices[int(indptr[0]) : int(indptr[-1])].numpy()
+    others = np.setdiff1d(drawn, anchors)
+    is_anchor = (drawn >= own.start) & (drawn < own.stop)
+    positions = np.where(is_anchor, drawn - own.start, len(anchors) + np.searchsorted(others, drawn))
+    pool = torch.from_numpy(np.concatenate([anchors, others]))
+    return pool, SupportIndex(indptr - indptr[0], torch.from_numpy(positions), len(pool))
 
 
 def _as_is(batch: Any) -> Any:

@@ -12,15 +12,26 @@ from lcr2s_ext import native
 
 
 class SampleBatch(list[int]):
-    """Sample numbers of one batch, with the epoch and the step (both from 0) that they belong to."""
+    """Sample numbers of one batch, with the epoch and the step (both from 0) that they belong to.
 
-    def __init__(self, samples: Sequence[int], epoch: int, step: int) -> None:
+    Of several processes that share a batch, ``rank`` of ``ranks`` makes its equal part, :attr:`own`.
+    """
+
+    def __init__(self, samples: Sequence[int], epoch: int, step: int, rank: int = 0, ranks: int = 1) -> None:
         super().__init__(samples)
         self.epoch = epoch
         self.step = step
+        self.rank = rank
+        self.ranks = ranks
 
-    def __reduce__(self) -> tuple[type[SampleBatch], tuple[list[int], int, int]]:
-        return SampleBatch, (list(self), self.epoch, self.step)
+    def __reduce__(self) -> tuple[type[SampleBatch], tuple[list[int], int, int, int, int]]:
+        return SampleBatch, (list(self), self.epoch, self.step, self.rank, self.ranks)
+
+    @property
+    def own(self) -> range:
+        """Positions in the batch of the samples of this rank."""
+        size = len(self) // self.ranks
+        return range(self.rank * size, (self.rank + 1) * size)
 
 
 def _check_int(name: str, value: object, least: int) -> int:
@@ -32,13 +43,41 @@ def _check_int(name: str, value: object, least: int) -> int:
 
 
 class _BatchSampler:
-    """What both samplers share: the epoch, and the start within it."""
+    """What both samplers share: the epoch, the start within it, and the part of a batch that this process makes."""
 
     def __init__(self, seed: int, drop_last: bool) -> None:
         self.seed = _check_int("seed", seed, 0)
         self.drop_last = drop_last
         self.epoch = 0
         self.start = 0
+        self.rank, self.ranks = 0, 1
+
+    def share(self, rank: int, ranks: int) -> None:
+        """Let every batch be made by ``ranks`` processes, an equal part each, of which this one is ``rank``.
+
+        Batches are those of one process. Parts of a P x K batch are P / ``ranks`` whole identities.
+
+        Raises:
+            ValueError: no equal parts, or a last batch that may be smaller (``drop_last=False``).
+        """
+        parts = _check_int("ranks", ranks, 1)
+        if not 0 <= _check_int("rank", rank, 0) < parts:
+            raise ValueError(f"rank must be in [0, {parts}), got {rank}")
+        if self.parts % parts:
+            raise ValueError(f"ranks must divide {self.words}, got {ranks}")
+        if parts > 1 and not self.drop_last:
+            raise ValueError("ranks must be 1 without drop_last: the last batch may have no equal parts")
+        self.rank, self.ranks = rank, ranks
+
+    @property
+    def parts(self) -> int:
+        """What a batch may be divided into."""
+        raise NotImplementedError
+
+    @property
+    def words(self) -> str:
+        """``parts`` in a message."""
+        raise NotImplementedError
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Chooses the epoch; ``start`` leaves out its first batches once, to go on in the middle of it."""
@@ -53,7 +92,7 @@ class _BatchSampler:
         start, self.start = self.start, 0
         for step, samples in enumerate(self.batches(self.epoch)):
             if step >= start:
-                yield SampleBatch(samples, self.epoch, step)
+                yield SampleBatch(samples, self.epoch, step, self.rank, self.ranks)
 
 
 class RandomBatchSampler(_BatchSampler):
@@ -75,6 +114,14 @@ class RandomBatchSampler(_BatchSampler):
         self.batch_size = _check_int("batch_size", batch_size, 1)
         if drop_last and batch_size > num_samples:
             raise ValueError(f"batch_size must be at most num_samples={num_samples} with drop_last, got {batch_size}")
+
+    @property
+    def parts(self) -> int:
+        return self.batch_size
+
+    @property
+    def words(self) -> str:
+        return f"batches of {self.batch_size} samples"
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_samples, self.batch_size)
@@ -127,6 +174,14 @@ class IdentityBatchSampler(_BatchSampler):
         if len(sizes) < p:
             raise ValueError(f"p must be at most the number of identities ({len(sizes)}), got {p}")
         self.num_groups = int(np.maximum(sizes // k, 1).sum())
+
+    @property
+    def parts(self) -> int:
+        return self.p
+
+    @property
+    def words(self) -> str:
+        return f"batches of {self.p} identities"
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_groups, self.p)

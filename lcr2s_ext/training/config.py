@@ -190,6 +190,14 @@ class TrainConfig:
     progress: str = "auto"
     """``rich``, ``tqdm``, ``none``, or ``auto``: rich on a terminal, none elsewhere."""
     device: str = "auto"
+    devices: int | str = "auto"
+    """Processes of a node, a GPU each; ``auto``: as many as torchrun or srun started, else one."""
+    nodes: int | str = "auto"
+    """``auto``: as many as torchrun or srun started, else one."""
+    strategy: str = "auto"
+    """``ddp``; ``fsdp`` shards parameters, gradients and optimiser; ``auto`` is ``ddp`` where there are several."""
+    sync_batchnorm: bool = False
+    """Batch normalisation over the rows of all GPUs."""
     precision: str = "32-true"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
@@ -218,6 +226,7 @@ class TrainConfig:
         choices = {
             "method": (self.method, ("lcr2s", "one_stage", "plain")),
             "progress": (self.progress, ("auto", "rich", "tqdm", "none")),
+            "strategy": (self.strategy, ("auto", "ddp", "fsdp")),
             "data.sampler": (self.data.sampler, ("random", "identity")),
             "data.support": (self.data.support, ("drawn", "batch", "none")),
             "teacher.start": (self.teacher.start, ("scratch", "auxiliary", "warm", "frozen")),
@@ -231,6 +240,9 @@ class TrainConfig:
             if value not in allowed:
                 raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {value!r}{_near(value, allowed)}")
         self._validate_align()
+        for key, count in (("devices", self.devices), ("nodes", self.nodes)):
+            if count != "auto" and (not isinstance(count, int) or count < 1):
+                raise ConfigError(f"{key}: expected auto or a positive int, got {count!r}")
         for logger in self.loggers:
             if logger not in ("csv", "tensorboard"):
                 raise ConfigError(f"loggers: expected csv or tensorboard, got {logger!r}")
