@@ -209,7 +209,8 @@ def take_turns(turns: Turns) -> None:
     _turns = turns
 
 
-def _selected(candidates: Mapping[str, Candidate | str]) -> dict[str, Candidate | str]:
+def selected(candidates: Mapping[str, Candidate | str]) -> dict[str, Candidate | str]:
+    """Those of the candidates that --only names."""
     return {name: candidate for name, candidate in candidates.items() if _only is None or name in _only}
 
 
@@ -252,10 +253,15 @@ def our_backends(op: str, device: torch.device) -> dict[str, str | None]:
     return {name: _backend.unavailable_reason(op, name, device) for name in names}
 
 
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """How far a result is from float64, relative, in norm."""
+    return float((result.double() - exact).norm() / exact.norm().clamp(min=1e-300))
+
+
 def verify(name: str, results: Sequence[Tensor], exact: Sequence[Tensor], tolerance: float) -> None:
     """End the run where a result is further from float64 than `tolerance`, relative, in norm."""
     for part, (ours, oracle) in enumerate(zip(results, exact, strict=True)):
-        error = float((ours.double() - oracle).norm() / oracle.norm().clamp(min=1e-300))
+        error = relative_error(ours, oracle)
         if not error <= tolerance:
             raise SystemExit(f"{name}: result {part} is off by {error:.1e} relative to float64; no times are reported")
 
@@ -264,7 +270,7 @@ def checked(
     found: dict[str, Candidate | str], exact: Sequence[Tensor], tolerance: float, title: str
 ) -> dict[str, Candidate | str]:
     """The candidates, each verified; one that runs out of memory becomes the row that says so."""
-    result = _selected(found)
+    result = selected(found)
     for name, candidate in result.items():
         if isinstance(candidate, str):
             continue
@@ -363,7 +369,7 @@ def compare(
         baseline: the candidate that ratios refer to; None for our kernel.
     """
     device = settings.device
-    candidates = _selected(candidates)
+    candidates = selected(candidates)
     running = {name: candidate for name, candidate in candidates.items() if not isinstance(candidate, str)}
     notes = {name: candidate for name, candidate in candidates.items() if isinstance(candidate, str)}
     memory = {name: peak_memory(candidate, device) for name, candidate in running.items()}
