@@ -173,7 +173,7 @@ def _environment() -> tuple[Any, tuple[int, int] | None, str]:
         return TorchElasticEnvironment(), (local, int(os.environ["WORLD_SIZE"]) // local), "torchrun"
     # A step, which srun alone makes: in a batch script that calls python directly there is one process.
     if "SLURM_STEP_ID" in os.environ and "SLURM_NTASKS" in os.environ:
-        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES", 1))
+        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
         return SLURMEnvironment(auto_requeue=False), (int(os.environ["SLURM_NTASKS"]) // nodes, nodes), "srun"
     return LightningEnvironment(), None, ""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lcr2s_ext.data import PersonBatch
@@ -20,6 +21,7 @@ from lcr2s_ext.nn import (
     make_alignment_loss,
 )
 from lcr2s_ext.retrieval import Retrieval
+from lcr2s_ext.training import distributed
 from lcr2s_ext.training.config import DistillConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -121,12 +123,16 @@ class TaskLoss(nn.Module):
         self.align_weight = config.align_weight
         self.identity_weight = config.identity_weight
 
-    def forward(self, image: Tensor, text: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Weighted terms of ``(B, d)`` features and ``(B,)`` labels."""
+    def forward(
+        self, image: Tensor, text: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted terms of ``(B, d)`` features and ``(B,)`` labels; with a ``group`` of ranks that hold equal parts of
+        the batch, the mean of their gradients is that of the batch's terms.
+        """
         terms = {
             "align" if len(self.align_terms) == 1 else f"align_{name}": self.align_weight
             * weight
-            * self.align[name](image, text, labels)
+            * distributed.whole(self.align[name](image, text, labels, group=group), group)
             for name, weight in self.align_terms.items()
         }
         if self.identity is not None:
@@ -160,16 +166,27 @@ class DistillationLoss(nn.Module):
         self.relation = relation
 
     def forward(
-        self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], ramp: float = 1.0
+        self,
+        student: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor],
+        ramp: float = 1.0,
+        group: dist.ProcessGroup | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted terms; ``ramp`` in 0..1 multiplies them."""
+        """Weighted terms; ``ramp`` in 0..1 multiplies them, ``group`` is as for :class:`TaskLoss`."""
         config, terms = self.config, {}
         if self.features is not None:
-            terms["feature"] = ramp * config.feature_weight * self.features(*student, *teacher)
-        if self.relation is not None and config.relation_weight:
-            terms["relation"] = ramp * config.relation_weight * self.relation(*student, *teacher)
-        if self.relation is not None and config.intra_weight:
-            within = [self.relation(s, s, t, t) for s, t in zip(student, teacher, strict=True)]
+            # A mean over rows is one of equal parts; a sum is as many times theirs as there are.
+            parts = distributed.ranks() if group is not None and config.feature_reduction == "sum" else 1
+            terms["feature"] = ramp * parts * config.feature_weight * self.features(*student, *teacher)
+        relation = self.relation
+        if relation is not None and config.relation_weight:
+            of_batch = distributed.whole(relation(*student, *teacher, group=group), group)
+            terms["relation"] = ramp * config.relation_weight * of_batch
+        if relation is not None and config.intra_weight:
+            within = [
+                distributed.whole(relation(s, s, t, t, group=group), group)
+                for s, t in zip(student, teacher, strict=True)
+            ]
             terms["intra"] = ramp * config.intra_weight * (within[0] + within[1])
         return terms
 
@@ -181,7 +198,7 @@ class Stage(pl.LightningModule):
         config: of the run.
         name: of the stage, for messages and logs.
         model: what is trained and what is kept.
-        augment: ``(uint8 pool, seed)`` to normalised floats.
+        augment: a :class:`~lcr2s_ext.data.BatchAugment`: ``(uint8 pool, seed, rows=, total=)`` to normalised floats.
         epochs: of this stage.
         steps_per_epoch: batches of an epoch, for the schedule.
         evaluate: makes val metrics of the stage's model; ``None`` where there is no val split.
@@ -218,42 +235,70 @@ class Stage(pl.LightningModule):
         """The frozen teacher, if any: not a submodule, so neither trained nor saved."""
         return self.__dict__["_teacher"]
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks whose rows make the batch; ``None`` where one process holds it."""
+        return distributed.group()
+
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
-        """Weighted loss terms of a batch whose pool was augmented to ``images``."""
+        """Weighted loss terms of a batch whose pool was augmented to ``images``; their mean over the ranks is that of
+        the whole batch, and so are their gradients.
+        """
         raise NotImplementedError
 
     def training_step(self, batch: PersonBatch, batch_idx: int) -> Tensor:
         seed = self.config.seed
         # Not torch.manual_seed: for every absent accelerator it formats a stack trace.
-        _generator(self.device).manual_seed(step_seed(seed, batch.epoch, batch.step, 1))
-        images = self.__dict__["_augment"](batch.images, step_seed(seed, batch.epoch, batch.step, 2))
+        # Dropout is each rank's own; augmentation is that of the row's place in the whole batch.
+        purpose = 100 + distributed.rank() if distributed.rank() else 1
+        _generator(self.device).manual_seed(step_seed(seed, batch.epoch, batch.step, purpose))
+        images = self.__dict__["_augment"](
+            batch.images, step_seed(seed, batch.epoch, batch.step, 2), rows=batch.image_rows, total=batch.whole_images
+        )
         terms = self.losses(images, batch)
         loss = torch.stack(list(terms.values())).sum()
         self.latest = {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
         # Reading the loss costs a GPU a synchronisation, a CPU nothing.
-        if (loss.device.type == "cpu" or self.global_step % self.config.log_every == 0) and not bool(loss.isfinite()):
-            values = ", ".join(f"{key} {float(value):.4g}" for key, value in self.latest.items())
-            raise TrainingError(
-                f"the loss is not finite in stage {self.stage_name}, epoch {batch.epoch}, "
-                f"step {batch.step} ({values}); "
-                "lower optim.lr, set optim.grad_clip, or look at the batch's images"
-            )
+        if loss.device.type == "cpu" or self.global_step % self.config.log_every == 0:
+            # The whole batch's: every rank stops at the same step, and none waits for one that has.
+            means = distributed.mean(torch.stack([value.float() for value in self.latest.values()]), self.group)
+            self.latest = dict(zip(self.latest, means, strict=True))
+            if not bool(means[0].isfinite()):
+                values = ", ".join(f"{key} {float(value):.4g}" for key, value in self.latest.items())
+                raise distributed.said_once(
+                    TrainingError(
+                        f"the loss is not finite in stage {self.stage_name}, epoch {batch.epoch}, "
+                        f"step {batch.step} ({values}); "
+                        "lower optim.lr, set optim.grad_clip, or look at the batch's images"
+                    )
+                )
         return loss
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
 
+    def configure_model(self) -> None:
+        mesh = getattr(self, "device_mesh", None)
+        if mesh is not None and self.config.strategy == "fsdp":
+            distributed.shard(self, mesh["data_parallel"], ("training_step", "evaluate"))
+
+    def evaluate(self) -> Retrieval:
+        """Val metrics, the same on every rank."""
+        distributed.sync_buffers(self)
+        metrics: Retrieval = self.__dict__["_evaluate"]()
+        return metrics
+
     def on_train_epoch_end(self) -> None:
         epoch = self.current_epoch + 1
         if self.__dict__["_evaluate"] is None or (epoch % self.config.eval_every and epoch != self.epochs):
             return
-        metrics: Retrieval = self.__dict__["_evaluate"]()
+        metrics = self.evaluate()
         self.history.append({"epoch": epoch, "step": self.global_step, "val": metrics})
         score = metrics["text_to_image"]["R@1"]
         if self.best is None or score > self.best["R@1"]:
             self.best = {"R@1": score, "epoch": epoch, "val": metrics}
-            self.best_state = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+            self.best_state = distributed.full_state(self.model)
         for logger in self.loggers:
             logger.log_metrics(
                 {
@@ -338,10 +383,10 @@ class StudentStage(Stage):
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
         rows = len(batch.labels)
         student = self.model(images[:rows], batch.tokens[:rows])
-        terms = self.task(*student, batch.labels)
+        terms = self.task(*student, batch.labels, self.group)
         if self.teacher is not None and self.distillation is not None:
             ramp = _ramp(self.config.distill.ramp_epochs, batch.epoch, batch.step, self.steps_per_epoch)
-            terms |= self.distillation(student, self._targets(images, batch, rows), ramp)
+            terms |= self.distillation(student, self._targets(images, batch, rows), ramp, self.group)
         return terms
 
     @torch.no_grad()
@@ -390,9 +435,9 @@ class TeacherStage(Stage):
 
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
         made = self.model(images, batch.tokens, batch.image_support, batch.text_support)
-        terms = self.task(made.image, made.text, batch.labels)
+        terms = self.task(made.image, made.text, batch.labels, self.group)
         if self.auxiliary is not None:
-            single = self.auxiliary(made.single_image, made.single_text, batch.labels)
+            single = self.auxiliary(made.single_image, made.single_text, batch.labels, self.group)
             terms |= {f"single_{key}": self.auxiliary_weight * value for key, value in single.items()}
         return terms
 
@@ -428,12 +473,12 @@ class OneStage(Stage):
         made = self.joint_teacher(images, batch.tokens, batch.image_support, batch.text_support)
         student = self.model(images[:rows], batch.tokens[:rows])
         ramp = _ramp(self.config.distill.ramp_epochs, batch.epoch, batch.step, self.steps_per_epoch)
-        terms = self.task(*student, batch.labels)
-        terms |= self.distillation(student, (made.image.detach(), made.text.detach()), ramp)
-        fused = self.teacher_task(made.image, made.text, batch.labels)
+        terms = self.task(*student, batch.labels, self.group)
+        terms |= self.distillation(student, (made.image.detach(), made.text.detach()), ramp, self.group)
+        fused = self.teacher_task(made.image, made.text, batch.labels, self.group)
         terms |= {f"teacher_{key}": value for key, value in fused.items()}
         if self.auxiliary is not None:
-            single = self.auxiliary(made.single_image, made.single_text, batch.labels)
+            single = self.auxiliary(made.single_image, made.single_text, batch.labels, self.group)
             terms |= {f"single_{key}": self.auxiliary_weight * value for key, value in single.items()}
         return terms
 
