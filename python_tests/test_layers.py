@@ -24,7 +24,7 @@ ALLOWED = {
     "training": {"models", "nn", "ops", "data", "retrieval"},
     "info": {"ops", "triton", "native"},
 }
-ROOT_MODULES = {"_version", "_checks"}  # any room may name these
+ROOT_MODULES = {"_version", "_checks", "_files"}  # any room may name these
 
 
 def room_of(module: str) -> str | None:

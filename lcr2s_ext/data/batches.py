@@ -36,6 +36,7 @@ class PersonBatch:
         image_support: B sets over the image pool, the row itself first; None without support.
         text_support: B sets over the token pool, the row itself first; None without support.
         samples: int64 (B,) the anchors' caption numbers in the split.
+        captions: int64 (Mt,) caption numbers of the token pool, on the host wherever the batch is.
         image_rows: int64 (Mv,) position of each image in the pool that one process has for the whole batch, where this
             is one rank's part of it; None where it is the whole.
         whole_images: Images in that pool.
@@ -50,6 +51,7 @@ class PersonBatch:
     image_support: SupportIndex | None
     text_support: SupportIndex | None
     samples: Tensor
+    captions: Tensor | None = None
     epoch: int = 0
     step: int = 0
     image_rows: Tensor | None = None
@@ -209,6 +211,7 @@ class TrainingDataset(torch.utils.data.Dataset[PersonBatch]):
             image_support=image_support,
             text_support=text_support,
             samples=anchors,
+            captions=caption_rows,
             epoch=epoch,
             step=step,
             image_rows=pool,

@@ -49,9 +49,13 @@ class DualEncoder(nn.Module):
         """``(B, 3, H, W)`` normalised images to ``(B, d)`` features, not L2-normalised."""
         return self.image_projection(self.image_encoder(images))
 
-    def text_features(self, tokens: Tensor) -> Tensor:
-        """``(B, L)`` int64 tokens to ``(B, d)`` features, not L2-normalised."""
-        return self.text_projection(self.text_encoder(tokens))
+    def text_features(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """``(B, L)`` int64 tokens to ``(B, d)`` features, not L2-normalised.
+
+        ``hidden`` is what a text encoder with a frozen backbone computed of these tokens before.
+        """
+        encoded = self.text_encoder(tokens) if hidden is None else self.text_encoder(tokens, hidden)
+        return self.text_projection(encoded)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """``((B, d), (N, d))`` features of ``(B, 3, H, W)`` images and ``(N, L)`` tokens."""

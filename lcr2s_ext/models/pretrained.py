@@ -236,10 +236,17 @@ class ClipTextEncoder(nn.Module):
         self.vocab_size = int(text.vocab_size)
         self.max_length = int(text.max_position_embeddings)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``(B, L)`` int64 tokens to ``(B, projection_dim)``; what follows the end of a text is never read."""
+    def backbone(self, tokens: Tensor) -> Tensor:
+        """What the pretrained part, here all of it, makes of ``(B, L)`` tokens."""
         _check_tokens(tokens, self.max_length)
         return self.model(input_ids=tokens).text_embeds
+
+    def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """``(B, L)`` int64 tokens to ``(B, projection_dim)``; what follows the end of a text is never read.
+
+        ``hidden``, the backbone's output for these tokens, saves its computation.
+        """
+        return self.backbone(tokens) if hidden is None else hidden
 
 
 @register_encoder("siglip_text")
@@ -263,14 +270,27 @@ class SiglipTextEncoder(nn.Module):
         self.max_length = int(text.max_position_embeddings)
         self.pad_id = pad_id
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``(B, L)`` int64 tokens to ``(B, projection_size)``; rows are padded to the full length, as in training."""
+    def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """``(B, L)`` int64 tokens to ``(B, projection_size)``; rows are padded to the full length, as in training.
+
+        ``hidden``, the backbone's output for these tokens, saves its computation.
+        """
+        return self.backbone(tokens) if hidden is None else hidden
+
+    def backbone(self, tokens: Tensor) -> Tensor:
+        """What the pretrained part, here all of it, makes of ``(B, L)`` tokens."""
         _check_tokens(tokens, self.max_length)
         tokens = F.pad(tokens, (0, self.max_length - tokens.shape[1]))
         # Rows end where the padding begins: a 0 before that is a token like any other.
         length = ((tokens != 0).long() * torch.arange(1, self.max_length + 1, device=tokens.device)).amax(1)
         beyond = torch.arange(self.max_length, device=tokens.device) >= length[:, None]
         return self.model(input_ids=tokens.masked_fill(beyond, self.pad_id)).pooler_output
+
+
+def _text_mask(tokens: Tensor) -> Tensor:
+    """Which tokens are no padding; a row of nothing but padding reads its first position."""
+    mask = tokens != 0
+    return torch.cat([mask[:, :1] | ~mask.any(1, keepdim=True), mask[:, 1:]], 1)
 
 
 class _TextBottleneck(nn.Module):
@@ -361,15 +381,20 @@ class BertTextCNN(nn.Module):
             self.model.eval()
         return self
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``(B, L)`` int64 tokens, 0 is padding, to ``(B, output_width)``."""
+    def backbone(self, tokens: Tensor) -> Tensor:
+        """BERT's last hidden state ``(B, L, hidden_size)`` of ``(B, L)`` tokens, without gradient where frozen."""
         _check_tokens(tokens, self.max_length)
-        mask = tokens != 0
-        # A row of nothing but padding reads its first position.
-        mask = torch.cat([mask[:, :1] | ~mask.any(1, keepdim=True), mask[:, 1:]], 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            hidden = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        kept = mask[:, None]
+            return self.model(input_ids=tokens, attention_mask=_text_mask(tokens).long()).last_hidden_state
+
+    def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """``(B, L)`` int64 tokens, 0 is padding, to ``(B, output_width)``.
+
+        ``hidden``, the backbone's output for these tokens, saves its computation.
+        """
+        if hidden is None:
+            hidden = self.backbone(tokens)
+        kept = _text_mask(tokens)[:, None]
         x = self.head(hidden.transpose(1, 2)) * kept
         for block in self.blocks:
             # Padding is zeroed: what a caption's tokens see does not depend on the length of other captions.

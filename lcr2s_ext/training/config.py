@@ -65,6 +65,10 @@ class DataConfig:
     """Keep decoded images (uint8, at the model's size) in memory."""
     cache_dir: str = ""
     """Folder for files of decoded images, written once and mapped into memory by every later run; empty for none."""
+    text_cache: str = ""
+    """Where a frozen text backbone's outputs are kept: ``memory``, or a folder for a mapped file; empty for none."""
+    text_cache_dtype: str = "float32"
+    """``float32``, ``float16`` or ``bfloat16``: what they are kept in."""
 
 
 @dataclass
@@ -167,8 +171,13 @@ class OptimConfig:
     """Epochs after which ``step`` multiplies the learning rate by 0.1."""
     accumulate: int = 1
     """Batches whose gradients are averaged before the optimiser's step; a contrastive loss still sees one batch."""
+    micro_batch: int = 0
+    """Rows that the encoders take at a time (cached gradients): memory of so few, losses over the whole batch; 0
+    encodes the batch at once."""
     grad_clip: float = 0.0
     """Largest gradient norm; 0 for none."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and kept; 0 for none."""
 
 
 @dataclass
@@ -199,6 +208,14 @@ class TrainConfig:
     sync_batchnorm: bool = False
     """Batch normalisation over the rows of all GPUs."""
     precision: str = "32-true"
+    channels_last: bool = False
+    """Images and convolution weights in channels-last memory format."""
+    compile: str = ""
+    """Backend of ``torch.compile`` for the encoders, such as ``inductor``; empty for none."""
+    compile_mode: str = ""
+    """Its mode, such as ``max-autotune``; empty for the default."""
+    checkpoint_every: int = 0
+    """Optimiser steps between checkpoints inside an epoch; 0 writes one after each epoch only."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -235,6 +252,7 @@ class TrainConfig:
             "distill.relation_reduction": (self.distill.relation_reduction, ("mean", "row", "sum")),
             "optim.schedule": (self.optim.schedule, ("cosine", "step", "constant")),
             "optim.optimizer": (self.optim.optimizer, ("adamw", "adam")),
+            "data.text_cache_dtype": (self.data.text_cache_dtype, ("float32", "float16", "bfloat16")),
         }
         for key, (value, allowed) in choices.items():
             if value not in allowed:
@@ -278,6 +296,8 @@ class TrainConfig:
             "optim.weight_decay": self.optim.weight_decay,
             "optim.warmup_epochs": self.optim.warmup_epochs,
             "optim.grad_clip": self.optim.grad_clip,
+            "optim.micro_batch": self.optim.micro_batch,
+            "checkpoint_every": self.checkpoint_every,
             **{f"optim.lr_multipliers.{part}": factor for part, factor in self.optim.lr_multipliers.items()},
             "optim.milestones": min(self.optim.milestones, default=0),
         }
@@ -304,6 +324,12 @@ class TrainConfig:
         for key, number in probabilities.items():
             if not 0 <= number <= 1:
                 raise ConfigError(f"{key}: expected a number in [0, 1], got {number}")
+        if not 0 <= self.optim.ema_decay < 1:
+            raise ConfigError(f"optim.ema_decay: expected a number in [0, 1), got {self.optim.ema_decay}")
+        if self.optim.ema_decay and self.strategy == "fsdp":
+            raise ConfigError("optim.ema_decay: sharded weights are not averaged; expected 0 with strategy=fsdp")
+        if self.compile_mode and not self.compile:
+            raise ConfigError(f"compile_mode: needs a backend in compile, got {self.compile_mode!r} alone")
         if self.optim.milestones and self.optim.schedule != "step":
             raise ConfigError(f"optim.milestones: need optim.schedule=step, got {self.optim.schedule}")
 

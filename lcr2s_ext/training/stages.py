@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +23,10 @@ from lcr2s_ext.nn import (
 )
 from lcr2s_ext.retrieval import Retrieval
 from lcr2s_ext.training import distributed
+from lcr2s_ext.training.cached_gradients import encode_in_parts
 from lcr2s_ext.training.config import DistillConfig, LossConfig, OptimConfig, TrainConfig
+from lcr2s_ext.training.failures import FAILED_BATCH_FILE, BadStep, FailedBatch, FiniteWatch, save_failed_batch
+from lcr2s_ext.training.text_cache import TextCache
 
 __all__ = [
     "DistillationLoss",
@@ -64,6 +68,10 @@ def _generator(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -225,6 +233,9 @@ class Stage(pl.LightningModule):
         self.best: dict[str, Any] | None = None
         self.best_state: dict[str, Tensor] | None = None
         self.latest: dict[str, Tensor] = {}
+        self.folder: Path | None = None
+        self._watch = FiniteWatch()
+        self._text_caches: dict[int, TextCache] = {}
         # Kept out of the module tree: nothing of these belongs to the parameters, the optimiser or the checkpoint.
         self.__dict__["_augment"] = augment
         self.__dict__["_evaluate"] = evaluate
@@ -246,33 +257,96 @@ class Stage(pl.LightningModule):
         """
         raise NotImplementedError
 
-    def training_step(self, batch: PersonBatch, batch_idx: int) -> Tensor:
-        seed = self.config.seed
+    def encode(
+        self, encoders: DualEncoder, images: Tensor, batch: PersonBatch, rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features of the first ``rows`` rows of the batch's pools, ``None`` for all, ``images`` being augmented.
+
+        With ``optim.micro_batch`` that many rows are encoded at a time, with a text cache the tokens' backbone is not
+        run.
+        """
+        images = images[:rows]
+        texts: tuple[Tensor, ...] = (batch.tokens[:rows],)
+        cache = self._text_caches.get(id(encoders.text_encoder))
+        if cache is not None and batch.captions is not None:
+            texts += (cache.take(batch.captions[:rows], images.device),)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        micro_batch = self.config.optim.micro_batch
+        return (
+            encode_in_parts(encoders.image_features, (images,), micro_batch, encoders),
+            encode_in_parts(encoders.text_features, texts, micro_batch, encoders),
+        )
+
+    def step_seeds(self, epoch: int, step: int) -> dict[str, int]:
+        """Seeds of a step. Dropout is each rank's own; augmentation is that of the row's place in the whole batch."""
+        purposes = {"dropout": 100 + distributed.rank() if distributed.rank() else 1, "augment": 2}
+        return {name: step_seed(self.config.seed, epoch, step, purpose) for name, purpose in purposes.items()}
+
+    def compute(self, batch: PersonBatch, seeds: Mapping[str, int]) -> dict[str, Tensor]:
+        """``loss``, and the weighted terms that it is the sum of, with gradient."""
         # Not torch.manual_seed: for every absent accelerator it formats a stack trace.
-        # Dropout is each rank's own; augmentation is that of the row's place in the whole batch.
-        purpose = 100 + distributed.rank() if distributed.rank() else 1
-        _generator(self.device).manual_seed(step_seed(seed, batch.epoch, batch.step, purpose))
+        _generator(self.device).manual_seed(seeds["dropout"])
         images = self.__dict__["_augment"](
-            batch.images, step_seed(seed, batch.epoch, batch.step, 2), rows=batch.image_rows, total=batch.whole_images
+            batch.images, seeds["augment"], rows=batch.image_rows, total=batch.whole_images
         )
         terms = self.losses(images, batch)
-        loss = torch.stack(list(terms.values())).sum()
-        self.latest = {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+    def training_step(self, batch: PersonBatch, batch_idx: int) -> Tensor:
+        terms = self.compute(batch, self.step_seeds(batch.epoch, batch.step))
+        self.latest = {name: value.detach() for name, value in terms.items()}
+        self._watch.saw(batch.epoch, batch.step, self.latest)
+        return terms["loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # A loss scaler's gradients may overflow, and it looks after that itself.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self._watch.before_update(optimizer, None if scaled else _parameters(optimizer))
         # Reading the loss costs a GPU a synchronisation, a CPU nothing.
-        if loss.device.type == "cpu" or self.global_step % self.config.log_every == 0:
-            # The whole batch's: every rank stops at the same step, and none waits for one that has.
-            means = distributed.mean(torch.stack([value.float() for value in self.latest.values()]), self.group)
-            self.latest = dict(zip(self.latest, means, strict=True))
-            if not bool(means[0].isfinite()):
-                values = ", ".join(f"{key} {float(value):.4g}" for key, value in self.latest.items())
-                raise distributed.said_once(
-                    TrainingError(
-                        f"the loss is not finite in stage {self.stage_name}, epoch {batch.epoch}, "
-                        f"step {batch.step} ({values}); "
-                        "lower optim.lr, set optim.grad_clip, or look at the batch's images"
-                    )
-                )
-        return loss
+        if self.device.type == "cpu" or self.global_step % self.config.log_every == 0:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """TrainingError on every rank where a loss or gradient since the last look was not finite on any; the batch is
+        saved first.
+        """
+        found, bad = self._watch.first_bad()
+        if not found:
+            return
+        state = distributed.full_state(self)
+        where = f"in stage {self.stage_name}"
+        if bad is None:
+            raise distributed.said_once(TrainingError(f"the loss is not finite {where} on another process"))
+        values = ", ".join(f"{key} {value:.4g}" for key, value in bad.terms.items())
+        what = "gradient" if all(map(math.isfinite, bad.terms.values())) else "loss"
+        saved = self._save_failed(bad, state)
+        raise distributed.said_once(
+            TrainingError(
+                f"the {what} is not finite {where}, epoch {bad.epoch}, step {bad.step} ({values}); "
+                f"lower optim.lr, set optim.grad_clip, or look at the batch's images; {saved}"
+            )
+        )
+
+    def _save_failed(self, bad: BadStep, state: dict[str, Tensor]) -> str:
+        if self.folder is None:
+            return "the batch was not saved, for the run has no folder (out)"
+        # Made again from its numbers, so that no batch has to be kept back for this.
+        loader: Any = self.trainer.train_dataloader
+        batch = loader.batch(bad.epoch, bad.step)
+        seeds = self.step_seeds(bad.epoch, bad.step)
+        failed = FailedBatch(self.stage_name, bad, self.config.seed, seeds, batch, state)
+        name = FAILED_BATCH_FILE if self.group is None else f"rank{distributed.rank()}_{FAILED_BATCH_FILE}"
+        try:
+            return f"the batch is in {save_failed_batch(self.folder / name, failed)}"
+        except OSError as error:
+            return f"the batch could not be saved ({error})"
+
+    def replay(self, failed: FailedBatch) -> dict[str, Tensor]:
+        """Loss and terms, with gradient, of a saved batch, with the weights and random numbers it had."""
+        self.load_state_dict(failed.state)
+        self.train()
+        return self.compute(failed.batch.to(self.device), failed.step_seeds)
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:
@@ -290,6 +364,7 @@ class Stage(pl.LightningModule):
         return metrics
 
     def on_train_epoch_end(self) -> None:
+        self.check_finite()
         epoch = self.current_epoch + 1
         if self.__dict__["_evaluate"] is None or (epoch % self.config.eval_every and epoch != self.epochs):
             return
@@ -310,13 +385,18 @@ class Stage(pl.LightningModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.loggers and self.global_step % self.config.log_every == 0:
+        if self.global_step % self.config.log_every:
+            return
+        means = distributed.mean(torch.stack([value.float() for value in self.latest.values()]), self.group)
+        self.latest = dict(zip(self.latest, means, strict=True))
+        if self.loggers:
             metrics = {f"train/{key}": float(value) for key, value in self.latest.items()}
             metrics["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_finite()
         checkpoint["lcr2s"] = {
             "stage": self.stage_name,
             "history": self.history,
@@ -382,7 +462,7 @@ class StudentStage(Stage):
 
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
         rows = len(batch.labels)
-        student = self.model(images[:rows], batch.tokens[:rows])
+        student = self.encode(self.model, images, batch, rows)
         terms = self.task(*student, batch.labels, self.group)
         if self.teacher is not None and self.distillation is not None:
             ramp = _ramp(self.config.distill.ramp_epochs, batch.epoch, batch.step, self.steps_per_epoch)
@@ -392,10 +472,11 @@ class StudentStage(Stage):
     @torch.no_grad()
     def _targets(self, images: Tensor, batch: PersonBatch, rows: int) -> tuple[Tensor, Tensor]:
         if isinstance(self.teacher, Teacher):
-            made = self.teacher(images, batch.tokens, batch.image_support, batch.text_support)
+            encoded = self.encode(self.teacher.encoders, images, batch)
+            made = self.teacher.fuse(*encoded, batch.image_support, batch.text_support)
             return made.image, made.text
         plain: Any = self.teacher
-        return plain(images[:rows], batch.tokens[:rows])
+        return self.encode(plain, images, batch, rows)
 
 
 class TeacherStage(Stage):
@@ -434,7 +515,8 @@ class TeacherStage(Stage):
         return self
 
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
-        made = self.model(images, batch.tokens, batch.image_support, batch.text_support)
+        encoded = self.encode(self.model.encoders, images, batch)
+        made = self.model.fuse(*encoded, batch.image_support, batch.text_support)
         terms = self.task(made.image, made.text, batch.labels, self.group)
         if self.auxiliary is not None:
             single = self.auxiliary(made.single_image, made.single_text, batch.labels, self.group)
@@ -470,8 +552,9 @@ class OneStage(Stage):
 
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
         rows = len(batch.labels)
-        made = self.joint_teacher(images, batch.tokens, batch.image_support, batch.text_support)
-        student = self.model(images[:rows], batch.tokens[:rows])
+        encoded = self.encode(self.joint_teacher.encoders, images, batch)
+        made = self.joint_teacher.fuse(*encoded, batch.image_support, batch.text_support)
+        student = self.encode(self.model, images, batch, rows)
         ramp = _ramp(self.config.distill.ramp_epochs, batch.epoch, batch.step, self.steps_per_epoch)
         terms = self.task(*student, batch.labels, self.group)
         terms |= self.distillation(student, (made.image.detach(), made.text.detach()), ramp, self.group)
