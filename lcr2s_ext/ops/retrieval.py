@@ -1,6 +1,6 @@
 """Exact cosine ranking: the k best gallery rows of each query, and the metrics of a ranking."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -130,6 +130,17 @@ def retrieval_metrics(
             _workspace.workspace_bytes(query.device),
         )
     return _average(statistics, ks)
+
+
+def ranking_metrics(hits: Iterable[Tensor], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """What :func:`retrieval_metrics` returns, of any ranking.
+
+    Args:
+        hits: blocks of (rows, P) bool: whether the gallery row at each rank is a positive of the query.
+        ks: cut-offs.
+    """
+    blocks = [tuple(part.cpu() for part in reference.ranking_statistics(block)) for block in hits]
+    return _average(tuple(torch.cat(parts) for parts in zip(*blocks, strict=True)), ks)
 
 
 def _average(statistics: tuple[Tensor, ...], ks: Sequence[int]) -> dict[str, float]:

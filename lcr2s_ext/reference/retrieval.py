@@ -30,7 +30,11 @@ def retrieval_statistics(
         has zeros.
     """
     order = _ranking(query, gallery)[1]
-    hit = gallery_ids[order] == query_ids[:, None]
+    return ranking_statistics(gallery_ids[order] == query_ids[:, None])
+
+
+def ranking_statistics(hit: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The statistics of :func:`retrieval_statistics` of (Q, P) bool: whether the row at each rank is a positive."""
     positives = hit.sum(1)
     rank = torch.arange(1, hit.shape[1] + 1, device=hit.device)
     first = torch.where(positives > 0, hit.to(torch.uint8).argmax(1) + 1, 0)

@@ -9,8 +9,11 @@ from lcr2s_ext.retrieval.evaluate import (
     evaluate_model,
     evaluate_oracle,
 )
+from lcr2s_ext.retrieval.rerank import KReciprocal, Rerank
 
 __all__ = [
+    "KReciprocal",
+    "Rerank",
     "Retrieval",
     "RetrievalFeatures",
     "distinct_images",
