@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +108,11 @@ def _train(args: argparse.Namespace) -> int:
     if not config.out:
         raise UsageError("no output folder: give --out OUT or out=OUT")
 
-    from lcr2s_ext.training import train
+    from lcr2s_ext.training import distributed, train
 
     result = train(config, resume=args.resume, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if not distributed.first():
+        return 0
     for title, metrics in (("val", result.val), ("test", result.test)):
         if metrics is not None:
             print(_table(title, metrics))
@@ -322,11 +326,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(with_demo=bool(arguments) and arguments[0] == "demo")
     # key=value may stand anywhere between the options, which argparse's own positionals do not allow.
-    args, rest = parser.parse_known_args(arguments)
-    args.overrides = rest
-    wrong = [word for word in rest if args.command != "train" or word.startswith("-") or "=" not in word]
-    if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    with nullcontext() if _speaks(None) else redirect_stderr(io.StringIO()):
+        args, rest = parser.parse_known_args(arguments)
+        args.overrides = rest
+        wrong = [word for word in rest if args.command != "train" or word.startswith("-") or "=" not in word]
+        if wrong:
+            parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     name = " ".join(
         filter(
             None, ["lcr2s", args.command, getattr(args, "data_command", None) or getattr(args, "weights_command", None)]
@@ -335,11 +340,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.function(args))
     except UsageError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        if _speaks(error):
+            print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = f"; {name} --out OUT --resume goes on after the last whole epoch" if args.command == "train" else ""
-        print(f"{name}: interrupted{hint}", file=sys.stderr)
+        if _speaks(None):
+            print(f"{name}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is wrong, and nothing more can be said.
@@ -350,8 +357,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         words = " ".join(str(error).split()) or type(error).__name__
         hint = "" if args.debug else " (--debug shows the traceback)"
-        print(f"{name}: error: {words}{hint}", file=sys.stderr)
+        if _speaks(error):
+            print(f"{name}: error: {words}{hint}", file=sys.stderr)
         return 1
+
+
+def _speaks(error: Exception | None) -> bool:
+    """Whether this process tells the user, rather than another one of the same run."""
+    if not any(key in os.environ for key in ("WORLD_SIZE", "SLURM_STEP_ID")):
+        return True
+    from lcr2s_ext.training import distributed
+
+    return distributed.speaks(error)
 
 
 if __name__ == "__main__":

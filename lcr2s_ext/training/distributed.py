@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lcr2s_ext.training.config import ConfigError, TrainConfig
 
-__all__ = ["OtherRankError", "first", "group", "rank", "ranks", "said_elsewhere", "start", "together"]
+__all__ = ["OtherRankError", "first", "group", "rank", "ranks", "speaks", "start", "together"]
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -49,9 +49,12 @@ def group() -> dist.ProcessGroup | None:
     return dist.group.WORLD if ranks() > 1 else None
 
 
-def said_elsewhere(error: BaseException) -> bool:
-    """Whether another rank tells the user of this error, so that this one need not."""
-    return isinstance(error, OtherRankError) or getattr(error, "lcr2s_said_elsewhere", False)
+def speaks(error: BaseException | None) -> bool:
+    """Whether this process tells the user of an error, or (None) of what all find alike; else another one does."""
+    if error is None or not dist.is_initialized():
+        # Before the processes of a run know each other they all find the same.
+        return _launched_rank() == 0
+    return not (isinstance(error, OtherRankError) or getattr(error, "lcr2s_said_elsewhere", False))
 
 
 def said_once(error: _Error) -> _Error:
@@ -88,6 +91,12 @@ def together() -> Iterator[None]:
         raise failure if texts.index(texts[rank()]) == rank() else _silent(failure)
     if failed:
         raise OtherRankError(f"rank {failed[0]} failed: {texts[failed[0]]}")
+
+
+def wait() -> None:
+    """Until every rank has come here."""
+    if ranks() > 1:
+        dist.barrier()
 
 
 def check_same(what: str, value: Any) -> None:
@@ -151,7 +160,18 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def launched_rank() -> int:
+def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what :func:`full_state` gave, whether the module is sharded or not."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
+    else:
+        module.load_state_dict(state)
+
+
+def _launched_rank() -> int:
     """Rank that a launcher gave this process, before any process group exists."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ.get("RANK", 0))

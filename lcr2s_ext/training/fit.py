@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lcr2s_ext.models import DualEncoder, Teacher
+from lcr2s_ext.models import LCR2S, DualEncoder, Teacher
 from lcr2s_ext.retrieval import Retrieval
+from lcr2s_ext.training import distributed
 from lcr2s_ext.training.config import ConfigError, TrainConfig
 from lcr2s_ext.training.prepare import (
     BatchLoader,
@@ -75,7 +77,7 @@ class _Progress:
 def _progress_bar(kind: str) -> pl.Callback | None:
     if kind == "auto":
         kind = "rich" if sys.stderr.isatty() else "none"
-    if kind == "none":
+    if kind == "none" or not distributed.first():
         return None
     from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
@@ -129,8 +131,7 @@ def _fit(
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         trainer = pl.Trainer(
             max_epochs=stage.epochs,
-            accelerator=config.device,
-            devices=1,
+            **distributed.trainer_options(config),
             precision=config.precision,  # type: ignore[arg-type]
             logger=loggers or False,
             callbacks=callbacks,
@@ -158,8 +159,9 @@ def _fit(
             # Lightning turns an interrupt into an exit of the process and ignores further ones; callers decide here.
             signal.signal(signal.SIGINT, interrupt)
             raise KeyboardInterrupt from leaving
+    distributed.sync_buffers(stage)
     if stage.best_state is not None:
-        stage.model.load_state_dict(stage.best_state)
+        distributed.load_state(stage.model, stage.best_state)
     stage.model.eval()
     return time.perf_counter() - started, trainer.global_step
 
@@ -175,7 +177,13 @@ def _finish(
 ) -> StageResult:
     if config.threads:
         torch.set_num_threads(config.threads)
+    # A sharded model stays sharded: what leaves the stage is a copy from before, with the new weights.
+    spare = copy.deepcopy(model) if config.strategy == "fsdp" else None
     seconds, steps = _fit(stage, loader, config, folder, resume=resume, on_epoch=on_epoch)
+    if spare is not None:
+        state = distributed.full_state(stage.model)
+        (spare.student if isinstance(spare, LCR2S) else spare).load_state_dict(state)
+        model = spare.eval()
     if stage.best is not None:
         val, epoch = stage.best["val"], stage.best["epoch"]
     else:
@@ -212,6 +220,7 @@ def fit_student(
     Returns:
         A result whose ``model`` is an :class:`LCR2S`.
     """
+    distributed.start(config)
     model = make_model(config, data)
     if init is not None:
         model.student.load_state_dict(init.state_dict())
@@ -226,7 +235,7 @@ def fit_student(
             teacher=teacher,
             epochs=config.epochs if epochs is None else epochs,
             steps_per_epoch=steps_per_epoch(config, loader),
-            evaluate=_evaluation(data, lambda: evaluate_student(model, data, "val", batch_size=config.eval_batch)),
+            evaluate=_evaluation(data, lambda: _student_metrics(config, model, data)),
         )
     result = _finish(stage, model, loader, config, None if out is None else Path(out), resume, on_epoch)
     model.eval()
@@ -253,6 +262,7 @@ def fit_teacher(
     if start in ("warm", "frozen") and init is None:
         raise ValueError(f"init: teacher.start={start} needs a trained dual encoder to start from, got None")
     check_support(config)
+    distributed.start(config)
     teacher = make_teacher(config, data, init)
     loader = make_loader(config, data, config.data.support)
     with weights_seed(config, 12):
@@ -269,7 +279,12 @@ def fit_teacher(
             evaluate=_evaluation(
                 data,
                 lambda: evaluate_teacher(
-                    teacher, data, "val", max_support=config.data.max_support, batch_size=config.eval_batch
+                    teacher,
+                    data,
+                    "val",
+                    max_support=config.data.max_support,
+                    batch_size=config.eval_batch,
+                    group=distributed.group(),
                 ),
             ),
         )
@@ -290,6 +305,7 @@ def fit_one_stage(
     collapse.
     """
     check_support(config)
+    distributed.start(config)
     model = make_model(config, data)
     teacher = make_teacher(config, data)
     loader = make_loader(config, data, config.data.support)
@@ -304,11 +320,18 @@ def fit_one_stage(
             auxiliary_weight=config.teacher.auxiliary_weight if config.teacher.start == "auxiliary" else 0.0,
             epochs=config.epochs,
             steps_per_epoch=steps_per_epoch(config, loader),
-            evaluate=_evaluation(data, lambda: evaluate_student(model, data, "val", batch_size=config.eval_batch)),
+            evaluate=_evaluation(data, lambda: _student_metrics(config, model, data)),
         )
+    spare = copy.deepcopy(teacher) if config.strategy == "fsdp" else None
     result = _finish(stage, model, loader, config, None if out is None else Path(out), resume)
     model.eval()
-    return result, teacher.eval()
+    if spare is not None:
+        spare.load_state_dict(distributed.full_state(teacher))
+    return result, (spare or teacher).eval()
+
+
+def _student_metrics(config: TrainConfig, model: LCR2S, data: TrainingData) -> Retrieval:
+    return evaluate_student(model, data, "val", batch_size=config.eval_batch, group=distributed.group())
 
 
 def _evaluation(data: TrainingData, evaluate: Callable[[], Retrieval]) -> Callable[[], Retrieval] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lcr2s_ext.data import (
     BatchAugment,
@@ -32,6 +33,7 @@ from lcr2s_ext.models import (
     normalize_images,
 )
 from lcr2s_ext.retrieval import Retrieval, RetrievalFeatures, embed_split, evaluate_model, evaluate_oracle
+from lcr2s_ext.training import distributed
 from lcr2s_ext.training.config import ConfigError, TrainConfig
 from lcr2s_ext.training.stages import TrainingError, step_seed
 
@@ -208,6 +210,13 @@ def make_loader(config: TrainConfig, data: TrainingData, support: str) -> BatchL
                 f"data.batch_size: a batch of {size} is larger than the train split of {captions} captions"
             )
         batches = RandomBatchSampler(captions, size, seed=config.seed)
+    if batches.parts % distributed.ranks():
+        key = "data.identities" if settings.sampler == "identity" else "data.batch_size"
+        raise TrainingError(
+            f"{key}: {batches.words} are the whole batch, and cannot be divided equally among {distributed.ranks()} "
+            "processes"
+        )
+    batches.share(distributed.rank(), distributed.ranks())
     dataset = TrainingDataset(
         split,
         data.stores["train"],
@@ -224,14 +233,18 @@ def _default_batch(captions: int) -> int:
     return min(captions, max(8, min(DEFAULT_BATCH, captions // 8)))
 
 
-def evaluate_student(model: LCR2S, data: TrainingData, split: str, *, batch_size: int = 256) -> Retrieval:
-    """Metrics of a student on a split of prepared data, both directions."""
+def evaluate_student(
+    model: LCR2S, data: TrainingData, split: str, *, batch_size: int = 256, group: ProcessGroup | None = None
+) -> Retrieval:
+    """Metrics of a student on a split of prepared data, both directions; ranks of a ``group`` share the work."""
     return evaluate_model(
-        model, data.splits[split], data.stores[split], tokens=data.tokens[split], batch_size=batch_size
+        model, data.splits[split], data.stores[split], tokens=data.tokens[split], batch_size=batch_size, group=group
     )
 
 
-def teacher_features(teacher: Teacher, data: TrainingData, split: str, *, batch_size: int = 256) -> RetrievalFeatures:
+def teacher_features(
+    teacher: Teacher, data: TrainingData, split: str, *, batch_size: int = 256, group: ProcessGroup | None = None
+) -> RetrievalFeatures:
     """What a teacher's encoders make of a split, before the fusion, in eval mode."""
     device = next(teacher.parameters()).device
     training = teacher.training
@@ -244,23 +257,31 @@ def teacher_features(teacher: Teacher, data: TrainingData, split: str, *, batch_
             data.stores[split],
             tokens=data.tokens[split],
             batch_size=batch_size,
+            group=group,
         )
     finally:
         teacher.train(training)
 
 
 def evaluate_teacher(
-    teacher: Teacher, data: TrainingData, split: str, *, max_support: int, seed: int = 0, batch_size: int = 256
+    teacher: Teacher,
+    data: TrainingData,
+    split: str,
+    *,
+    max_support: int,
+    seed: int = 0,
+    batch_size: int = 256,
+    group: ProcessGroup | None = None,
 ) -> Retrieval:
     """Metrics of a teacher on a split, support sets drawn by identity: an oracle. ``max_support=0`` removes the
-    support.
+    support; ranks of a ``group`` share the work.
     """
-    features = teacher_features(teacher, data, split, batch_size=batch_size)
+    features = teacher_features(teacher, data, split, batch_size=batch_size, group=group)
     training = teacher.training
     teacher.eval()
     try:
         return evaluate_oracle(
-            (teacher.image_fusion, teacher.text_fusion), features, max_support=max_support, seed=seed
+            (teacher.image_fusion, teacher.text_fusion), features, max_support=max_support, seed=seed, group=group
         )
     finally:
         teacher.train(training)

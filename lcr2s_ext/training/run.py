@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lcr2s_ext.models import LCR2S, Teacher
 from lcr2s_ext.retrieval import Retrieval
+from lcr2s_ext.training import distributed
 from lcr2s_ext.training.config import ConfigError, TrainConfig, dump_config, load_config, to_dict
 from lcr2s_ext.training.fit import (
     CHECKPOINT_FILE,
@@ -72,7 +74,7 @@ def _saved_stage(
     folder: Path | None, resume: bool, weights: Callable[[], torch.nn.Module], fit: Callable[[], StageResult]
 ) -> StageResult:
     """The result of a stage: read where a run to be resumed has finished it, else trained and written."""
-    done = _stage_done(folder) if resume else None
+    done = distributed.from_first(_stage_done(folder) if resume else None)
     if folder is not None and done is not None:
         saved = json.loads(done.read_text(encoding="utf-8"))
         model = weights()
@@ -80,7 +82,7 @@ def _saved_stage(
         target.load_state_dict(load_file(str(folder / STAGE_WEIGHTS)))
         return StageResult(model=model.eval(), **saved)
     result = fit()
-    if folder is not None:
+    if folder is not None and distributed.first():
         folder.mkdir(parents=True, exist_ok=True)
         target = result.model.student if isinstance(result.model, LCR2S) else result.model
         save_file(_plain(target), str(folder / STAGE_WEIGHTS))
@@ -93,7 +95,22 @@ def _saved_stage(
             "seconds": result.seconds,
         }
         (folder / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    distributed.wait()
     return result
+
+
+def _unheard(line: str) -> None:
+    pass
+
+
+def _fingerprint(data: TrainingData) -> str:
+    """Of the captions, their images and identities, as every process of a run must have them."""
+    digest = hashlib.sha256()
+    for name, split in data.splits.items():
+        rows = [data.tokens[name]] if name in data.tokens else []
+        for values in (*rows, split.labels, split.caption_image):
+            digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def train(
@@ -105,6 +122,9 @@ def train(
     say: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """A whole run: the stages of ``config.method``, selection on val, test touched once at the end.
+
+    Where ``config`` asks for several processes, or torchrun or srun started them, they share the batches and the
+    evaluation; every one of them returns the same result, the first one writes and speaks.
 
     With ``config.out`` the folder gets ``train.yaml`` (the whole configuration), a folder a stage (checkpoint,
     logs, best weights), ``model/`` (:meth:`LCR2S.save_pretrained` of the student) and ``results.json``.
@@ -120,21 +140,25 @@ def train(
     Raises:
         ConfigError, TrainingError, DatasetError, OSError: with a message that says what to change.
     """
-    say = say or (lambda line: None)
     config.validate()
+    distributed.start(config)
+    if say is None or not distributed.first():
+        say = _unheard
     out = Path(config.out) if config.out else None
-    if out is not None:
-        _open_run(config, out, resume)
-    elif resume:
-        raise ConfigError("out: resuming needs the folder of the run")
-    if data is None:
-        data = prepare_data(config)
     # What cannot work is said before anything is written.
-    steps_per_epoch(config, make_loader(config, data, "none"))
-    if config.method != "plain":
-        check_support(config)
-    make_teacher(config, data)
-    if out is not None:
+    with distributed.together():
+        if out is not None:
+            _open_run(config, out, resume)
+        elif resume:
+            raise ConfigError("out: resuming needs the folder of the run")
+        if data is None:
+            data = prepare_data(config)
+        steps_per_epoch(config, make_loader(config, data, "none"))
+        if config.method != "plain":
+            check_support(config)
+        make_teacher(config, data)
+    distributed.check_same("data.root", _fingerprint(data))
+    if out is not None and distributed.first():
         out.mkdir(parents=True, exist_ok=True)
         dump_config(config, out / CONFIG_FILE)
     train_split = data.splits["train"]
@@ -171,7 +195,7 @@ def train(
         def fit_both(folder: Path | None) -> StageResult:
             result, trained = fit_one_stage(config, data, out=folder, resume=resume)
             joint.update(trained.state_dict())
-            if kept is not None:
+            if kept is not None and distributed.first():
                 save_file(_plain(trained), str(kept))
             return result
 
@@ -204,13 +228,14 @@ def train(
     last = stages["one_stage" if config.method == "one_stage" else "student"]
     result = TrainResult(model, teacher, stages, last.val, None, out=out)
     if test and data.has("test"):
-        result.test = evaluate_student(model, data, "test", batch_size=config.eval_batch)
+        group = distributed.group()
+        result.test = evaluate_student(model, data, "test", batch_size=config.eval_batch, group=group)
         if teacher is not None:
             for key, support in (("oracle", config.data.max_support), ("no_support", 0)):
                 result.teacher_test[key] = evaluate_teacher(
-                    teacher, data, "test", max_support=support, batch_size=config.eval_batch
+                    teacher, data, "test", max_support=support, batch_size=config.eval_batch, group=group
                 )
-    if out is not None:
+    if out is not None and distributed.first():
         model.save_pretrained(out / MODEL_FOLDER)
         record = {
             "method": config.method,
@@ -227,8 +252,8 @@ def train(
     return result
 
 
-# What may differ between a run and its continuation without changing a number.
-_FREE_KEYS = ("out", "progress", "loggers", "log_every", "data.workers", "data.cache", "data.root")
+# What may differ between a run and its continuation without changing a number, or (processes) none but by rounding.
+_FREE_KEYS = ("out", "devices", "nodes", "strategy", "progress", "loggers", "log_every", "data.workers", "data.cache", "data.root")
 
 
 def _open_run(config: TrainConfig, out: Path, resume: bool) -> None:
