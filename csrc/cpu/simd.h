@@ -78,6 +78,37 @@ LCR2S_INLINE T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
+// The lanes 0, 1, ... as a pack.
+template <int... I>
+struct LaneList {};
+template <int Count, int... I>
+struct LanesUpTo : LanesUpTo<Count - 1, Count - 1, I...> {};
+template <int... I>
+struct LanesUpTo<0, I...> {
+  using List = LaneList<I...>;
+};
+// x and y with every 2 * Half lanes added into Half: Half lanes of x, then Half of y, in turn.
+template <class T, int Half, int... I>
+LCR2S_INLINE Vec<T> merge_lanes(Vec<T> x, Vec<T> y, LaneList<I...>) {
+  constexpr int other = kLanes<T>;
+  return __builtin_shufflevector(x, y, (I / (2 * Half) * 2 * Half + I % Half + I / Half % 2 * other)...) +
+         __builtin_shufflevector(x, y, (I / (2 * Half) * 2 * Half + I % Half + I / Half % 2 * other + Half)...);
+}
+// The sums over the lanes of as many vectors as there are lanes: that of vectors[i] is lane i.
+template <class T, int Count = kLanes<T>>
+LCR2S_INLINE Vec<T> sum_lanes_of(const Vec<T>* vectors) {
+  if constexpr (Count == 1) {
+    return vectors[0];
+  } else {
+    constexpr int half = Count / 2;
+    Vec<T> merged[half];
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      merged[i] = merge_lanes<T, half>(vectors[i], vectors[i + half], typename LanesUpTo<kLanes<T>>::List{});
+    return sum_lanes_of<T, half>(merged);
+  }
+}
+
 // e^x for every lane. float: Cody-Waite reduction and a degree-6 polynomial, below 2 ulp on [-87.3, 88.7]; smaller x
 // gives 0, larger x infinity, NaN stays NaN. double: libm.
 LCR2S_INLINE Vec<float> exp(Vec<float> x) {

@@ -18,6 +18,7 @@ struct RowsOf {
 
   explicit RowsOf(Rows rows) : data(static_cast<const T*>(rows.data)), stride(rows.stride) {}
   const T* operator[](int64_t row) const { return data + row * stride; }
+  RowsOf from(int64_t column) const { return RowsOf(Rows{data + column, stride}); }
 };
 
 // Calls body(begin, end) on ranges of rows of about equal work (entries + rows), cut by the shape and the index alone.
@@ -44,8 +45,9 @@ void for_row_ranges(const Parallel& parallel, const int64_t* indptr, int64_t row
   parallel.for_each(tasks, [&](int64_t task) { body(boundary(task), boundary(task + 1)); });
 }
 
+// The products of two heads, summed down to one vector.
 template <class T>
-LCR2S_INLINE Accumulate<T> dot(const T* a, const T* b, int64_t width) {
+LCR2S_INLINE Vec<Accumulate<T>> multiply(const T* a, const T* b, int64_t width) {
   using A = Accumulate<T>;
   constexpr int lanes = kLanes<A>;
   Vec<A> sums[4] = {};
@@ -58,7 +60,7 @@ LCR2S_INLINE Accumulate<T> dot(const T* a, const T* b, int64_t width) {
     const int rest = static_cast<int>(width - at);
     sums[1] += load_accumulate(a + at, rest) * load_accumulate(b + at, rest);
   }
-  return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // Long sums are taken in runs of this many summands, so that their rounding errors grow slowly.
@@ -97,17 +99,21 @@ template <int Vectors, class T>
 LCR2S_INLINE void sum_block(const Summands<T>& summands, int64_t head, int64_t offset, Accumulate<T> scale, T* out) {
   using A = Accumulate<T>;
   constexpr int lanes = kLanes<A>;
-  Vec<A> totals[Vectors] = {};
-  for (int64_t run = 0; run < summands.count; run += kRun) {
-    const int64_t end = summands.count - run < kRun ? summands.count : run + kRun;
-    Vec<A> sums[Vectors] = {};
-    for (int64_t j = run; j < end; ++j) {
+  const RowsOf<T> columns = summands.source.from(offset);
+  const auto add_run = [&](int64_t begin, int64_t end, Vec<A>* sums) __attribute__((always_inline)) {
+    for (int64_t j = begin; j < end; ++j) {
       const int64_t entry = summands.entry(j);
       const A weight = summands.weights[entry * summands.heads + head];
-      const T* source = summands.source[summands.rows[entry]] + offset;
+      const T* source = columns[summands.rows[entry]];
 #pragma GCC unroll 8
       for (int u = 0; u < Vectors; ++u) sums[u] += weight * load_accumulate(source + u * lanes);
     }
+  };
+  Vec<A> totals[Vectors] = {};
+  add_run(0, summands.count < kRun ? summands.count : kRun, totals);
+  for (int64_t run = kRun; run < summands.count; run += kRun) {
+    Vec<A> sums[Vectors] = {};
+    add_run(run, summands.count - run < kRun ? summands.count : run + kRun, sums);
 #pragma GCC unroll 8
     for (int u = 0; u < Vectors; ++u) totals[u] += sums[u];
   }
@@ -139,16 +145,30 @@ __attribute__((noinline)) void weighted_sum(const Summands<T>& given, int64_t wi
   }
 }
 
-// scores(entry, head) = scale * the dot product of the head of `a` with that of the entry's row.
+// scores(entry, head) = scale * the dot product of the head of `a` with that of the entry's row. A vector's worth of
+// them is summed over its lanes at once.
 template <class T>
 __attribute__((noinline)) void dot_products(const T* a, const Summands<T>& given, int64_t width, Accumulate<T> scale,
                                             Accumulate<T>* scores) {
+  using A = Accumulate<T>;
+  constexpr int lanes = kLanes<A>;
   const Summands<T> summands = given;
-  for (int64_t entry = summands.first; entry < summands.first + summands.count; ++entry) {
-    const T* b = summands.source[summands.rows[entry]];
-    for (int64_t head = 0; head < summands.heads; ++head)
-      scores[entry * summands.heads + head] = scale * dot(a + head * width, b + head * width, width);
+  scores += summands.first * summands.heads;
+  Vec<A> products[lanes];
+  int held = 0;
+  for (int64_t j = 0; j < summands.count; ++j) {
+    const T* b = summands.source[summands.rows[summands.first + j]];
+    for (int64_t head = 0; head < summands.heads; ++head) {
+      products[held++] = multiply(a + head * width, b + head * width, width);
+      if (held < lanes) continue;
+      store(scores, scale * sum_lanes_of<A>(products));
+      scores += lanes;
+      held = 0;
+    }
   }
+  if (held == 0) return;
+  for (int i = held; i < lanes; ++i) products[i] = Vec<A>{};
+  store_accumulate(scores, scale * sum_lanes_of<A>(products), held);
 }
 
 // Calls body(first head, heads in the vector) until all heads are done.
@@ -194,7 +214,7 @@ void softmax_backward(int64_t count, int64_t heads, const A* probs, A* grad_scor
   });
 }
 
-// No software prefetch: on Zen 3 it made no difference that could be told from noise.
+// No software prefetch: the lines of the next pass or of the next query, asked for ahead, made it slower on Zen 3.
 template <class T>
 void forward(const SupportAttentionArgs& args, const Parallel& parallel) {
   using A = Accumulate<T>;
