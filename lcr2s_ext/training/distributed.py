@@ -99,6 +99,18 @@ def wait() -> None:
         dist.barrier()
 
 
+@contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The first rank runs the block, then the others: they find the files that it has written."""
+    if ranks() > 1 and not first():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if ranks() > 1 and first():
+            dist.barrier()
+
+
 def check_same(what: str, value: Any) -> None:
     """ValueError on every rank where they do not all hold the same."""
     if ranks() > 1 and len(set(_gather_objects(value))) > 1:
@@ -149,15 +161,16 @@ def sync_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """State dict with every tensor whole and on the CPU, whether it is sharded or not."""
+def full(value: Tensor) -> Tensor:
+    """A tensor whole, whether it is sharded or not; every rank calls this."""
     from torch.distributed.tensor import DTensor
 
-    state = module.state_dict()
-    return {
-        key: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
-        for key, value in state.items()
-    }
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """State dict with every tensor whole and on the CPU; every rank calls this."""
+    return {key: full(value).detach().cpu().clone() for key, value in module.state_dict().items()}
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -240,7 +253,8 @@ def start(config: TrainConfig) -> None:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     fabric = Fabric(
         accelerator=config.device,
         devices=devices,
@@ -300,6 +314,9 @@ def shard(stage: nn.Module, mesh: Any, methods: tuple[str, ...]) -> None:
     """FSDP: each block of the encoders is gathered when it runs, the rest while one of ``methods`` does."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    for parameter in stage.parameters():
+        # FSDP takes no other layout, such as channels-last weights.
+        parameter.data = parameter.data.contiguous()
     for module in list(stage.modules()):
         if isinstance(module, nn.ModuleList):
             for block in module:

@@ -19,6 +19,8 @@ import torch
 from lcr2s_ext.models import LCR2S, DualEncoder, Teacher
 from lcr2s_ext.retrieval import Retrieval
 from lcr2s_ext.training import distributed
+from lcr2s_ext.training.acceleration import accelerated
+from lcr2s_ext.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from lcr2s_ext.training.config import ConfigError, TrainConfig
 from lcr2s_ext.training.prepare import (
     BatchLoader,
@@ -37,6 +39,7 @@ from lcr2s_ext.training.stages import OneStage, Stage, StudentStage, TeacherStag
 __all__ = ["StageResult", "check_support", "fit_one_stage", "fit_student", "fit_teacher"]
 
 CHECKPOINT_FILE = "last.ckpt"
+REFRESH_STEPS = 10  # of the progress bar
 
 
 @dataclass
@@ -63,12 +66,22 @@ class StageResult:
 
 
 class _Progress:
-    """Mixin of Lightning's bars: shows the last loss and the best val R@1 without Lightning's per-step logging."""
+    """Mixin of Lightning's bars: shows the last loss, the best val R@1, throughput and memory without Lightning's
+    per-step logging.
+    """
+
+    shown: dict[str, int | str | float | dict[str, float]]
 
     def get_metrics(self, trainer: pl.Trainer, stage: Any) -> dict[str, int | str | float | dict[str, float]]:
-        shown: dict[str, int | str | float | dict[str, float]] = {}
+        # Rich asks after every batch, and reading the loss waits for the GPU.
+        if hasattr(self, "shown") and trainer.global_step % REFRESH_STEPS:
+            return self.shown
+        self.shown = shown = {}
         if stage.latest:
             shown["loss"] = f"{float(stage.latest['loss']):.3f}"
+            usage = stage.usage()
+            shown["samples/s"] = f"{usage['samples_per_second']:.0f}"
+            shown["GiB"] = f"{usage['memory_gib']:.2f}"
         if stage.best is not None:
             shown["val R@1"] = f"{100 * stage.best['R@1']:.1f}"
         return shown
@@ -82,7 +95,7 @@ def _progress_bar(kind: str) -> pl.Callback | None:
     from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
     base = RichProgressBar if kind == "rich" else TQDMProgressBar
-    return type("StageProgress", (_Progress, base), {})(refresh_rate=10)
+    return type("StageProgress", (_Progress, base), {})(refresh_rate=REFRESH_STEPS)
 
 
 def _fit(
@@ -101,19 +114,9 @@ def _fit(
     callbacks: list[pl.Callback] = []
     loggers: list[Any] = []
     if folder is not None:
-        from lightning.pytorch.callbacks import ModelCheckpoint
         from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=folder,
-                filename=Path(CHECKPOINT_FILE).stem,
-                save_top_k=1,
-                every_n_epochs=1,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            )
-        )
+        callbacks.append(LastCheckpoint(folder / CHECKPOINT_FILE, config.checkpoint_every))
         if "csv" in config.loggers:
             loggers.append(CSVLogger(folder, name="csv", flush_logs_every_n_steps=50))
         if "tensorboard" in config.loggers:
@@ -126,12 +129,16 @@ def _fit(
 
         callbacks.append(LambdaCallback(on_train_epoch_end=lambda trainer, _: on_epoch(trainer.current_epoch + 1)))
     checkpoint = None if folder is None else folder / CHECKPOINT_FILE
-    with warnings.catch_warnings():
+    stage.folder = folder
+    stage.captions, stage.kept_text_caches = loader.dataset.tokens, loader.text_caches
+    stage.freeze_text_backbones()
+    options = distributed.trainer_options(config)
+    with warnings.catch_warnings(), accelerated(stage.encoders().values(), config):
         # Advice on workers, log intervals and folders that exist: each is a choice made here.
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         trainer = pl.Trainer(
             max_epochs=stage.epochs,
-            **distributed.trainer_options(config),
+            **options | {"plugins": [*options.get("plugins", ()), AtomicCheckpointIO()]},
             precision=config.precision,  # type: ignore[arg-type]
             logger=loggers or False,
             callbacks=callbacks,
@@ -159,6 +166,7 @@ def _fit(
             # Lightning turns an interrupt into an exit of the process and ignores further ones; callers decide here.
             signal.signal(signal.SIGINT, interrupt)
             raise KeyboardInterrupt from leaving
+    stage.keep_averages()
     distributed.sync_buffers(stage)
     if stage.best_state is not None:
         distributed.load_state(stage.model, stage.best_state)
@@ -340,4 +348,4 @@ def _evaluation(data: TrainingData, evaluate: Callable[[], Retrieval]) -> Callab
 
 def check_support(config: TrainConfig) -> None:
     if config.data.support == "none":
-        raise ConfigError("data.support: a teacher needs drawn or batch support, got none")
+        raise ConfigError("data.support: a teacher needs drawn, batch or bank support, got none")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from lcr2s_ext.retrieval import Retrieval, RetrievalFeatures, embed_split, evalu
 from lcr2s_ext.training import distributed
 from lcr2s_ext.training.config import ConfigError, TrainConfig
 from lcr2s_ext.training.stages import TrainingError, step_seed
+from lcr2s_ext.training.text_cache import TextCache
 
 __all__ = [
     "BatchLoader",
@@ -65,6 +66,8 @@ class TrainingData:
     mean: tuple[float, float, float] = IMAGE_MEAN
     std: tuple[float, float, float] = IMAGE_STD
     """Statistics that the encoders' images are normalised with."""
+    text_caches: dict[str, TextCache] = field(default_factory=dict)
+    """What frozen text backbones made of the train captions, with ``data.text_cache``."""
 
     def has(self, split: str) -> bool:
         """Whether the corpus has captions in this split."""
@@ -78,11 +81,18 @@ class BatchLoader:
     """
 
     def __init__(
-        self, dataset: TrainingDataset, batches: RandomBatchSampler | IdentityBatchSampler, workers: int = 0
+        self,
+        dataset: TrainingDataset,
+        batches: RandomBatchSampler | IdentityBatchSampler,
+        workers: int = 0,
+        text_caches: dict[str, TextCache] | None = None,
     ) -> None:
         self.dataset = dataset
         self.batches = batches
         self.workers = workers
+        self.text_caches = {} if text_caches is None else text_caches
+        self._position = (0, 0)
+        self._resumed = (0, 0)
 
     @property
     def sampler(self) -> BatchLoader:
@@ -90,18 +100,36 @@ class BatchLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.batches.set_epoch(epoch)
+        resumed, done = self._resumed
+        start = done if epoch == resumed else 0
+        self.batches.set_epoch(epoch, start)
+        self._position = (epoch, start)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in which epoch the next batch is; Lightning keeps it in checkpoints."""
+        return {"epoch": self._position[0], "done": self._position[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resumed = (state["epoch"], state["done"])
+
+    def batch(self, epoch: int, step: int) -> PersonBatch:
+        """One batch by its numbers, made anew."""
+        self.batches.set_epoch(epoch, step)
+        return self.dataset.make_batch(next(iter(self.batches)))
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[PersonBatch]:
         # A generator: nothing is drawn before the first batch is asked for, which is after `set_epoch`.
-        if self.workers:
-            yield from self.dataset.loader(self.batches, num_workers=self.workers)
-        else:
-            for samples in self.batches:
-                yield self.dataset.make_batch(samples)
+        made: Iterable[PersonBatch] = (
+            self.dataset.loader(self.batches, num_workers=self.workers)
+            if self.workers
+            else map(self.dataset.make_batch, self.batches)
+        )
+        for batch in made:
+            self._position = (batch.epoch, batch.step + 1)
+            yield batch
 
 
 def prepare_data(config: TrainConfig, *, tokenizer: CaptionTokenizer | SavedTokenizer | None = None) -> TrainingData:
@@ -187,7 +215,7 @@ def make_loader(config: TrainConfig, data: TrainingData, support: str) -> BatchL
     Args:
         config: of the run.
         data: prepared corpus.
-        support: ``"none"``, ``"drawn"`` or ``"batch"``.
+        support: ``"none"``, ``"drawn"``, ``"batch"``, or ``"bank"``, for which a batch is as for ``"none"``.
 
     Raises:
         TrainingError: where the batch does not fit the split.
@@ -221,11 +249,11 @@ def make_loader(config: TrainConfig, data: TrainingData, support: str) -> BatchL
         split,
         data.stores["train"],
         data.tokenizer,
-        support=support,
+        support="none" if support == "bank" else support,
         max_support=settings.max_support,
         seed=config.seed,
     )
-    return BatchLoader(dataset, batches, settings.workers)
+    return BatchLoader(dataset, batches, settings.workers, data.text_caches)
 
 
 def _default_batch(captions: int) -> int:

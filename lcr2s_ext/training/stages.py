@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lcr2s_ext.data import PersonBatch
-from lcr2s_ext.models import DualEncoder, Student, Teacher
+from lcr2s_ext.models import DualEncoder, Student, Teacher, TeacherFeatures
 from lcr2s_ext.nn import (
     FeatureDistillationLoss,
     IdentityLoss,
@@ -25,8 +29,10 @@ from lcr2s_ext.retrieval import Retrieval
 from lcr2s_ext.training import distributed
 from lcr2s_ext.training.cached_gradients import encode_in_parts
 from lcr2s_ext.training.config import DistillConfig, LossConfig, OptimConfig, TrainConfig
+from lcr2s_ext.training.ema import WeightAverage
 from lcr2s_ext.training.failures import FAILED_BATCH_FILE, BadStep, FailedBatch, FiniteWatch, save_failed_batch
-from lcr2s_ext.training.text_cache import TextCache
+from lcr2s_ext.training.feature_bank import FeatureBank
+from lcr2s_ext.training.text_cache import TextCache, check_frozen, make_text_cache
 
 __all__ = [
     "DistillationLoss",
@@ -234,8 +240,14 @@ class Stage(pl.LightningModule):
         self.best_state: dict[str, Tensor] | None = None
         self.latest: dict[str, Tensor] = {}
         self.folder: Path | None = None
+        self.bank: FeatureBank | None = None
         self._watch = FiniteWatch()
+        self._averages: list[WeightAverage] = []
+        self._saved_averages: list[dict[str, Any]] = []
+        self._clock, self._rows, self._rate = time.perf_counter(), 0, 0.0
         self._text_caches: dict[int, TextCache] = {}
+        self.captions = torch.empty(0, 0, dtype=torch.int64)
+        self.kept_text_caches: dict[str, TextCache] = {}
         # Kept out of the module tree: nothing of these belongs to the parameters, the optimiser or the checkpoint.
         self.__dict__["_augment"] = augment
         self.__dict__["_evaluate"] = evaluate
@@ -277,6 +289,31 @@ class Stage(pl.LightningModule):
             encode_in_parts(encoders.image_features, (images,), micro_batch, encoders),
             encode_in_parts(encoders.text_features, texts, micro_batch, encoders),
         )
+
+    def keep_bank(self, teacher: nn.Module | None) -> None:
+        """Support rows of this teacher come from past batches, where the configuration says so."""
+        if isinstance(teacher, Teacher) and self.config.data.support == "bank":
+            self.bank = FeatureBank(self.config.data.bank_size, teacher.output_width, self.config.seed)
+            # Every rank puts the same rows in: DDP need not send them at every step.
+            self._ddp_params_and_buffers_to_ignore = [f"bank.{name}" for name, _ in self.bank.named_buffers()]
+
+    def fuse(self, teacher: Teacher, encoded: tuple[Tensor, Tensor], batch: PersonBatch) -> TeacherFeatures:
+        """A teacher's features of the anchors, from what its encoders made of the pools."""
+        if self.bank is None:
+            return teacher.fuse(*encoded, batch.image_support, batch.text_support)
+        ids = (batch.labels, batch.item_ids, batch.samples)
+        (image_rows, image_support), (text_rows, text_support) = self.bank.draw(
+            *ids, max_support=self.config.data.max_support, epoch=batch.epoch
+        )
+        image, text = encoded
+        made = teacher.fuse(
+            torch.cat([image, self.bank.image[image_rows].to(image.dtype)]),
+            torch.cat([text, self.bank.text[text_rows].to(text.dtype)]),
+            image_support,
+            text_support,
+        )
+        self.bank.push(image, text, *ids, self.group)
+        return made
 
     def step_seeds(self, epoch: int, step: int) -> dict[str, int]:
         """Seeds of a step. Dropout is each rank's own; augmentation is that of the row's place in the whole batch."""
@@ -348,9 +385,78 @@ class Stage(pl.LightningModule):
         self.train()
         return self.compute(failed.batch.to(self.device), failed.step_seeds)
 
+    def encoders(self) -> dict[str, DualEncoder]:
+        """Every dual encoder of the stage by its name; the frozen teacher's, which is no submodule, is ``teacher``."""
+        found: dict[str, DualEncoder] = {
+            name: module for name, module in self.named_modules() if isinstance(module, DualEncoder)
+        }
+        if isinstance(self.teacher, Teacher):
+            found["teacher"] = self.teacher.encoders
+        elif isinstance(self.teacher, DualEncoder):
+            found["teacher"] = self.teacher
+        return found
+
+    def averaged_modules(self) -> list[nn.Module]:
+        """What ``optim.ema_decay`` keeps an average of."""
+        return [self.model]
+
+    def keep_averages(self) -> None:
+        """Put the averages in the place of the weights, for good."""
+        for average in self._averages:
+            average.module.load_state_dict(average.state)
+
+    def on_train_start(self) -> None:
+        self._clock = time.perf_counter()
+        decay = self.config.optim.ema_decay
+        self._averages = [WeightAverage(module, decay) for module in self.averaged_modules()] if decay else []
+        for average, saved in zip(self._averages, self._saved_averages, strict=bool(self._saved_averages)):
+            average.load_state_dict(saved)
+
+    def on_train_epoch_start(self) -> None:
+        self._clock, self._rows = time.perf_counter(), 0
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        for average in self._averages:
+            average.update()
+
+    def usage(self) -> dict[str, float]:
+        """Samples a second of all processes since the last log (or the epoch's start), and peak memory of this one in
+        GiB: what was allocated on its GPU, else its resident set.
+        """
+        if self._rows:
+            self._rate = self._rows * distributed.ranks() / (time.perf_counter() - self._clock)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"samples_per_second": self._rate, "memory_gib": peak / 2**30}
+
+    def freeze_text_backbones(self) -> None:
+        """With a text cache: ConfigError where a backbone is trained; otherwise it gets no gradient from here on."""
+        if not self.config.data.text_cache:
+            return
+        for name, dual in self.encoders().items():
+            check_frozen(dual.text_encoder, [f"{name}.text_encoder"], self.config.optim.lr_multipliers)
+            dual.text_encoder.model.requires_grad_(False)
+
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
+        data = self.config.data
+        if not data.text_cache:
+            return
+        for dual in self.encoders().values():
+            with distributed.first_goes_first(), self.trainer.precision_plugin.forward_context():
+                self._text_caches[id(dual.text_encoder)] = make_text_cache(
+                    dual.text_encoder,
+                    self.captions,
+                    where=data.text_cache,
+                    dtype=getattr(torch, data.text_cache_dtype),
+                    device=self.device,
+                    batch_size=self.config.eval_batch,
+                    kept=self.kept_text_caches,
+                )
 
     def configure_model(self) -> None:
         mesh = getattr(self, "device_mesh", None)
@@ -360,8 +466,18 @@ class Stage(pl.LightningModule):
     def evaluate(self) -> Retrieval:
         """Val metrics, the same on every rank."""
         distributed.sync_buffers(self)
-        metrics: Retrieval = self.__dict__["_evaluate"]()
+        with self.averaged():
+            metrics: Retrieval = self.__dict__["_evaluate"]()
         return metrics
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights that are evaluated and kept, the same on every rank: the averages where there are any."""
+        with ExitStack() as applied:
+            for average in self._averages:
+                applied.enter_context(average.applied())
+            distributed.sync_buffers(self)
+            yield
 
     def on_train_epoch_end(self) -> None:
         self.check_finite()
@@ -373,7 +489,8 @@ class Stage(pl.LightningModule):
         score = metrics["text_to_image"]["R@1"]
         if self.best is None or score > self.best["R@1"]:
             self.best = {"R@1": score, "epoch": epoch, "val": metrics}
-            self.best_state = distributed.full_state(self.model)
+            with self.averaged():
+                self.best_state = distributed.full_state(self.model)
         for logger in self.loggers:
             logger.log_metrics(
                 {
@@ -385,6 +502,7 @@ class Stage(pl.LightningModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._rows += len(batch)
         if self.global_step % self.config.log_every:
             return
         means = distributed.mean(torch.stack([value.float() for value in self.latest.values()]), self.group)
@@ -392,8 +510,10 @@ class Stage(pl.LightningModule):
         if self.loggers:
             metrics = {f"train/{key}": float(value) for key, value in self.latest.items()}
             metrics["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+            metrics |= self.usage()
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.global_step)
+        self._clock, self._rows = time.perf_counter(), 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_finite()
@@ -402,6 +522,7 @@ class Stage(pl.LightningModule):
             "history": self.history,
             "best": self.best,
             "best_state": self.best_state,
+            "averages": [average.state_dict() for average in self._averages],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -410,6 +531,7 @@ class Stage(pl.LightningModule):
             found = None if saved is None else saved["stage"]
             raise TrainingError(f"checkpoint: expected one of stage {self.stage_name!r}, got {found!r}")
         self.history, self.best, self.best_state = saved["history"], saved["best"], saved["best_state"]
+        self._saved_averages = saved.get("averages", [])
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
@@ -458,6 +580,7 @@ class StudentStage(Stage):
         self.distillation: DistillationLoss | None = None
         if teacher is not None:
             self.__dict__["_teacher"] = freeze(teacher)
+            self.keep_bank(teacher)
             self.distillation = DistillationLoss(config.distill, model.output_width, teacher.output_width)
 
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
@@ -473,7 +596,7 @@ class StudentStage(Stage):
     def _targets(self, images: Tensor, batch: PersonBatch, rows: int) -> tuple[Tensor, Tensor]:
         if isinstance(self.teacher, Teacher):
             encoded = self.encode(self.teacher.encoders, images, batch)
-            made = self.teacher.fuse(*encoded, batch.image_support, batch.text_support)
+            made = self.fuse(self.teacher, encoded, batch)
             return made.image, made.text
         plain: Any = self.teacher
         return self.encode(plain, images, batch, rows)
@@ -505,6 +628,7 @@ class TeacherStage(Stage):
         self.auxiliary = TaskLoss(config.loss, model.output_width, num_identities) if auxiliary_weight else None
         self.auxiliary_weight = auxiliary_weight
         self.train_encoders = train_encoders
+        self.keep_bank(model)
         if not train_encoders:
             freeze(model.encoders)
 
@@ -516,7 +640,7 @@ class TeacherStage(Stage):
 
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
         encoded = self.encode(self.model.encoders, images, batch)
-        made = self.model.fuse(*encoded, batch.image_support, batch.text_support)
+        made = self.fuse(self.model, encoded, batch)
         terms = self.task(made.image, made.text, batch.labels, self.group)
         if self.auxiliary is not None:
             single = self.auxiliary(made.single_image, made.single_text, batch.labels, self.group)
@@ -544,16 +668,20 @@ class OneStage(Stage):
         super().__init__(config, name, model, augment, **options)
         # A submodule here, for it is trained; `model`, the only thing that leaves the stage, is the student alone.
         self.joint_teacher = teacher
+        self.keep_bank(teacher)
         self.task = TaskLoss(config.loss, model.output_width, num_identities)
         self.teacher_task = TaskLoss(config.loss, teacher.output_width, num_identities)
         self.auxiliary = TaskLoss(config.loss, teacher.output_width, num_identities) if auxiliary_weight else None
         self.auxiliary_weight = auxiliary_weight
         self.distillation = DistillationLoss(config.distill, model.output_width, teacher.output_width)
 
+    def averaged_modules(self) -> list[nn.Module]:
+        return [self.model, self.joint_teacher]
+
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
         rows = len(batch.labels)
         encoded = self.encode(self.joint_teacher.encoders, images, batch)
-        made = self.joint_teacher.fuse(*encoded, batch.image_support, batch.text_support)
+        made = self.fuse(self.joint_teacher, encoded, batch)
         student = self.encode(self.model, images, batch, rows)
         ramp = _ramp(self.config.distill.ramp_epochs, batch.epoch, batch.step, self.steps_per_epoch)
         terms = self.task(*student, batch.labels, self.group)
