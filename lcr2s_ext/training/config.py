@@ -48,9 +48,11 @@ class DataConfig:
     """K of the identity sampler."""
     support: str = "drawn"
     """Where a teacher's support rows come from: ``drawn`` (encoded besides the batch), ``batch`` (other rows of
-    the batch, at no extra encoder cost) or ``none``."""
+    the batch) or ``bank`` (features of past batches), both at no extra encoder cost, or ``none``."""
     max_support: int = 4
     """Largest support set, the row itself not counted."""
+    bank_size: int = 8192
+    """Rows of the bank; a row finds (captions of its identity) x bank_size / (all captions) others in it."""
     vocab_size: int = 4000
     max_length: int = 64
     pad: int = 3
@@ -245,7 +247,7 @@ class TrainConfig:
             "progress": (self.progress, ("auto", "rich", "tqdm", "none")),
             "strategy": (self.strategy, ("auto", "ddp", "fsdp")),
             "data.sampler": (self.data.sampler, ("random", "identity")),
-            "data.support": (self.data.support, ("drawn", "batch", "none")),
+            "data.support": (self.data.support, ("drawn", "batch", "bank", "none")),
             "teacher.start": (self.teacher.start, ("scratch", "auxiliary", "warm", "frozen")),
             "distill.feature_reduction": (self.distill.feature_reduction, ("row", "sum", "mean")),
             "distill.relation": (self.distill.relation, ("frobenius", "kl", "none")),
@@ -272,6 +274,7 @@ class TrainConfig:
             "data.batch_size": 1 if self.data.batch_size is None else self.data.batch_size,
             "data.identities": self.data.identities,
             "data.instances": self.data.instances,
+            "data.bank_size": self.data.bank_size,
             "data.vocab_size": self.data.vocab_size,
             "data.max_length": self.data.max_length,
             "teacher.epochs": self.teacher_epochs,
