@@ -5,10 +5,12 @@ Each module holds one family's kernels and, under `_launch.operator`, its operat
 their namesakes in `torch.ops.lcr2s`.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import re
+from collections.abc import Iterator
 
 MINIMUM = (3, 6)
 """The oldest triton that the kernels run with."""
@@ -52,6 +54,45 @@ def _refusal(version: str | None) -> str | None:
 UNAVAILABLE: str | None = _refusal(_installed())
 """Why no kernel can run here, whatever the device; None where triton is new enough. Constants, all three: torch.compile
 traces through code that reads them."""
+
+
+LOADS = ("pointers", "tma", "specialized")
+"""How the matrix kernels may load their tiles: see :func:`tile_loads`."""
+
+
+def _checked_loads(name: str, source: str) -> str:
+    if name not in LOADS:
+        raise ValueError(f"{source} must be one of {', '.join(LOADS)}, got {name!r}")
+    return name
+
+
+_loads = _checked_loads(os.environ.get("LCR2S_TRITON_LOADS", LOADS[0]), "the environment's LCR2S_TRITON_LOADS")
+
+
+@contextlib.contextmanager
+def tile_loads(name: str) -> Iterator[None]:
+    """How tiles of rows reach the matrix kernels in this block, on GPUs that offer it (process-wide, all threads).
+
+    Args:
+        name: "pointers", the default; "tma", by descriptors of the Tensor Memory Accelerator from compute capability
+            9.0 on; "specialized", that and warps of their own for the loads, where Triton can. Where a kernel, dtype,
+            alignment or GPU does not allow what is asked, it loads by the next simpler way. Results keep their bits,
+            but for the losses of "specialized". The environment's LCR2S_TRITON_LOADS sets the default.
+
+    Raises:
+        ValueError: for another name.
+    """
+    global _loads
+    before, _loads = _loads, _checked_loads(name, "`name`")
+    try:
+        yield
+    finally:
+        _loads = before
+
+
+def requested_loads() -> str:
+    """What the environment or the innermost :func:`tile_loads` asks for."""
+    return _loads
 
 
 def load(module: str) -> None:

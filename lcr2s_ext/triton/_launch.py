@@ -1,5 +1,6 @@
 """How the Triton operators are registered and their kernels launched."""
 
+import contextvars
 import functools
 import os
 from collections.abc import Callable
@@ -80,6 +81,22 @@ def wrap_triton(kernel: Any) -> Any:
     if AUTOTUNE and "PIECES" in kernel.arg_names:
         return _Tunable(kernel)
     return torch.library.wrap_triton(kernel)
+
+
+def is_traced(kernel: Any) -> bool:
+    """Whether torch.compile is recording launches, for which torch takes descriptors made on the host for constants."""
+    return not INTERPRETED and torch.library.wrap_triton(kernel) is not kernel
+
+
+def with_workspace(launch: Callable[[], Any], device: torch.device) -> None:
+    """Launch kernels that make descriptors, which Triton keeps in memory of the launch; torch allocates it."""
+
+    def run() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        launch()
+
+    # In a context of its own, so that the caller's allocator stays what it was.
+    contextvars.copy_context().run(run)
 
 
 off_cuda_capability = 80

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lcr2s_ext.triton import INTERPRETED
+from lcr2s_ext.triton import INTERPRETED, _launch, requested_loads
 from lcr2s_ext.triton._launch import input_precision, wrap_triton
 
 TILE = 128
@@ -26,6 +27,10 @@ _PACK_ROWS = 64 if INTERPRETED else 4
 _PACK_WIDTH = 256
 _GROUP = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+POINTERS = tl.constexpr(0)
+DESCRIPTORS = tl.constexpr(1)
+SPECIALIZED = tl.constexpr(2)  # by descriptors, and by warps that do nothing else
 
 
 class PackedRows(NamedTuple):
@@ -47,6 +52,7 @@ class TileShape(NamedTuple):
     columns: int
     pieces: int
     depth: int
+    loads: int
     precision: str
     num_warps: int
     num_stages: int
@@ -58,6 +64,7 @@ class TileShape(NamedTuple):
             "TILE_COLUMNS": self.columns,
             "PIECES": self.pieces,
             "DEPTH": self.depth,
+            "LOADS": self.loads,
             "PRECISION": self.precision,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -153,30 +160,44 @@ def tile_position(index, row_tiles, column_tiles):
 
 
 @triton.jit
+def multiply_add(x, y, total, PRECISION: tl.constexpr):
+    """x @ y + total."""
+    if _INTERPRETED:
+        # The interpreter's dot takes bfloat16 for integers; a product of halves is exact in float32 anyway.
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, total, input_precision=PRECISION)
+
+
+@triton.jit
 def tile_product(
     a,
+    a_row,
     b,
+    b_row,
     width,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    LOADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Dot products (TILE_ROWS, TILE_COLUMNS) of packed rows: those that start at `a` with those that start at `b`."""
-    depth = tl.arange(0, DEPTH)
-    a += tl.arange(0, TILE_ROWS)[:, None] * width + depth[None, :]
-    b += tl.arange(0, TILE_COLUMNS)[None, :] * width + depth[:, None]
+    """Dot products (TILE_ROWS, TILE_COLUMNS) of packed rows: of `a` from a_row on with `b` from b_row on, both as
+    :func:`operand` made them."""
     total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-    for _ in range(0, width, DEPTH):
-        x = tl.load(a)
-        y = tl.load(b)
-        if _INTERPRETED:
-            # The interpreter's dot takes bfloat16 for integers; a product of halves is exact in float32 anyway.
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        total = tl.dot(x, y, total, input_precision=PRECISION)
-        a += DEPTH
-        b += DEPTH
+    if LOADS == POINTERS:
+        depth = tl.arange(0, DEPTH)
+        a += a_row.to(tl.int64) * width
+        b += b_row.to(tl.int64) * width
+        a += tl.arange(0, TILE_ROWS)[:, None] * width + depth[None, :]
+        b += tl.arange(0, TILE_COLUMNS)[None, :] * width + depth[:, None]
+        for _ in range(0, width, DEPTH):
+            total = multiply_add(tl.load(a), tl.load(b), total, PRECISION)
+            a += DEPTH
+            b += DEPTH
+    else:
+        for at in range(0, width, DEPTH):
+            total = multiply_add(a.load([a_row, at]), tl.trans(b.load([b_row, at])), total, PRECISION)
     return total
 
 
@@ -205,14 +226,33 @@ def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.co
         return first, second, third, fourth
 
 
-def tile_shape(dtype: torch.dtype) -> TileShape:
+def loads(dtype: torch.dtype, device: torch.device) -> int:
+    """How a matrix kernel loads tiles of `dtype` that are asked for by descriptor, where `device` and Triton can.
+
+    Exact float32 products take no tensor cores; fed by descriptors, their kernels spill.
+    """
+    exact = dtype == torch.float32 and input_precision(dtype) == "ieee"
+    if requested_loads() == "pointers" or exact or _launch.capability(device) < 90:
+        return POINTERS.value
+    return POINTERS.value if _launch.is_traced(pack_rows_kernel) else DESCRIPTORS.value
+
+
+def tile_shape(dtype: torch.dtype, device: torch.device) -> TileShape:
     """Tiles for one product of packed rows of `dtype` in flight."""
+    by = loads(dtype, device)
     if dtype == torch.float32:
         side = TILE if INTERPRETED else 64
-        return TileShape(side, side, 1 if INTERPRETED else 4, 32, input_precision(dtype), num_warps=4, num_stages=3)
+        return TileShape(side, side, 1 if INTERPRETED else 4, 32, by, input_precision(dtype), num_warps=4, num_stages=3)
     # The interpreter takes one of the halves in pieces, to go both ways.
     pieces = 1 if INTERPRETED and dtype == torch.float16 else 4
-    return TileShape(TILE, TILE, pieces, _WIDTH, "ieee", num_warps=8, num_stages=3)
+    return TileShape(TILE, TILE, pieces, _WIDTH, by, "ieee", num_warps=8, num_stages=3)
+
+
+def operand(rows: Tensor, tile_rows: int, depth: int, by: int) -> "Tensor | TensorDescriptor":
+    """What a kernel that loads (tile_rows, depth) tiles of (n, width) rows takes: the rows, or their descriptor."""
+    if by == POINTERS.value:
+        return rows
+    return TensorDescriptor.from_tensor(rows, [tile_rows, depth])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

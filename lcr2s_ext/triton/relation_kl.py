@@ -143,8 +143,10 @@ def relation_kl_kernel(
     TILE_COLUMNS: tl.constexpr,
     PIECES: tl.constexpr,
     DEPTH: tl.constexpr,
+    LOADS: tl.constexpr,
     PRECISION: tl.constexpr,
     TEACHER_DEPTH: tl.constexpr,
+    TEACHER_LOADS: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr,
 ):
     """One tile of a block: sums [field][tile] of the rows' and of the columns' KL terms and of G * cosine, where
@@ -161,21 +163,18 @@ def relation_kl_kernel(
     at += tl.arange(0, TILE_ROWS)[:, None] * slab_stride + tl.arange(0, WIDTH)[None, :]
     if KEPT == 0:
         product = _tiles.tile_product(
-            image + row_start.to(tl.int64) * padded_width,
-            text + column_start.to(tl.int64) * padded_width,
-            padded_width,
-            TILE_ROWS,
-            TILE_COLUMNS,
-            DEPTH,
-            PRECISION,
+            image, row_start, text, column_start, padded_width, TILE_ROWS, TILE_COLUMNS, DEPTH, LOADS, PRECISION
         )
         teacher_product = _tiles.tile_product(
-            teacher_image + row_start.to(tl.int64) * teacher_padded_width,
-            teacher_text + column_start.to(tl.int64) * teacher_padded_width,
+            teacher_image,
+            row_start,
+            teacher_text,
+            column_start,
             teacher_padded_width,
             TILE_ROWS,
             TILE_COLUMNS,
             TEACHER_DEPTH,
+            TEACHER_LOADS,
             TEACHER_PRECISION,
         )
         pieces = _tiles.split_columns(product, TILE_ROWS, TILE_COLUMNS, PIECES)
@@ -270,7 +269,7 @@ def relation_kl(
     dear = dtype == teacher_dtype == torch.float32
     keep = dear and 2 * 4 * rows * columns <= workspace_bytes
     cosines = empty(2, rows, columns) if keep else None
-    shape, teacher_shape = _tiles.tile_shape(dtype), _tiles.tile_shape(teacher_dtype)
+    shape, teacher_shape = (_tiles.tile_shape(kind, student_image.device) for kind in (dtype, teacher_dtype))
     models = ((image, text, student_scale, shape), (soft_image, soft_text, teacher_scale, teacher_shape))
     slab = min(*(rows_of_statistics(columns, 2 * _FIELDS, side[3], workspace_bytes) for side in models), rows)
     row_pieces = [columns // side[3].columns * side[3].pieces for side in models]
@@ -339,14 +338,14 @@ def relation_kl(
         row_tiles, column_tiles = block.rows // tile.rows, block.columns // tile.columns
         sums = empty(3, row_tiles * column_tiles)
         wrap_triton(relation_kl_kernel)[(row_tiles * column_tiles,)](
-            image.data,
+            _tiles.operand(image.data, tile.rows, shape.depth, shape.loads),
             image.scalars,
-            text.data,
+            _tiles.operand(text.data, tile.columns, shape.depth, shape.loads),
             text.scalars,
             image.data.shape[1],
-            soft_image.data,
+            _tiles.operand(soft_image.data, tile.rows, teacher_shape.depth, teacher_shape.loads),
             soft_image.scalars,
-            soft_text.data,
+            _tiles.operand(soft_text.data, tile.columns, teacher_shape.depth, teacher_shape.loads),
             soft_text.scalars,
             soft_image.data.shape[1],
             row_coefficients,
@@ -370,8 +369,9 @@ def relation_kl(
             STORE=store,
             UNIT=2.0 ** _tiles.packed_exponent(dtype),
             TEACHER_DEPTH=teacher_shape.depth,
+            TEACHER_LOADS=teacher_shape.loads,
             TEACHER_PRECISION=teacher_shape.precision,
-            **{**tile.constants(), "DEPTH": shape.depth, "PRECISION": shape.precision},
+            **{**tile.constants(), "DEPTH": shape.depth, "LOADS": shape.loads, "PRECISION": shape.precision},
         )
         totals.add_(sums.sum(1, dtype=torch.float64))
         if store:

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lcr2s_ext import _checks
-from lcr2s_ext.triton import INTERPRETED
-from lcr2s_ext.triton._launch import input_precision, operator, wrap_triton
-from lcr2s_ext.triton._tiles import split_columns
+from lcr2s_ext.triton import INTERPRETED, requested_loads
+from lcr2s_ext.triton._launch import capability, input_precision, operator, with_workspace, wrap_triton
+from lcr2s_ext.triton._tiles import DESCRIPTORS, POINTERS, SPECIALIZED, loads, operand, split_columns
 
 _LAST = 0x7FFFFFFF
 """2^31 - 1. Keys hold a gallery row or tile as what is left to it: among equal scores the lower has the larger key."""
@@ -68,34 +68,53 @@ def retrieval_norms_kernel(
 
 
 @triton.jit
+def _multiply_add(q, g, total, PRECISION: tl.constexpr):
+    """q @ g.T + total."""
+    if WIDEN:
+        # The interpreter's product takes bfloat16 for integers, and rounds a float32 by its place in the tile.
+        q = q.to(tl.float64)
+        g = g.to(tl.float64)
+    return tl.dot(q, tl.trans(g), total, input_precision=PRECISION)
+
+
+@triton.jit
 def _scores(
     query,
     query_stride,
+    query_first,
     query_row,
     query_inverse,
     gallery,
     gallery_stride,
+    gallery_first,
     gallery_row,
     gallery_inverse,
     width,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
+    QUERY_LOADS: tl.constexpr,
+    GALLERY_LOADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Cosines of TILE rows with TILE rows, all of them valid."""
+    """Cosines of TILE rows with TILE rows. A side is a pointer, of whose rows all of query_row (gallery_row) are valid,
+    or a descriptor, and then the tile is the rows from query_first (gallery_first) on."""
     column = tl.arange(0, DEPTH)
-    query += query_row[:, None].to(tl.int64) * query_stride + column[None, :]
-    gallery += gallery_row[:, None].to(tl.int64) * gallery_stride + column[None, :]
+    if QUERY_LOADS == POINTERS:
+        query += query_row[:, None].to(tl.int64) * query_stride + column[None, :]
+    if GALLERY_LOADS == POINTERS:
+        gallery += gallery_row[:, None].to(tl.int64) * gallery_stride + column[None, :]
     total = tl.zeros((TILE, TILE), tl.float64 if WIDEN else tl.float32)
-    for begin in range(0, width, DEPTH):
+    for begin in tl.range(0, width, DEPTH, warp_specialize=QUERY_LOADS == SPECIALIZED):
         mask = (begin + column < width)[None, :]
-        q = tl.load(query + begin, mask=mask, other=0.0)
-        g = tl.load(gallery + begin, mask=mask, other=0.0)
-        if WIDEN:
-            # The interpreter's product takes bfloat16 for integers, and rounds a float32 by its place in the tile.
-            q = q.to(tl.float64)
-            g = g.to(tl.float64)
-        total = tl.dot(q, tl.trans(g), total, input_precision=PRECISION)
+        if QUERY_LOADS == POINTERS:
+            q = tl.load(query + begin, mask=mask, other=0.0)
+        else:
+            q = query.load([query_first, begin])
+        if GALLERY_LOADS == POINTERS:
+            g = tl.load(gallery + begin, mask=mask, other=0.0)
+        else:
+            g = gallery.load([gallery_first, begin])
+        total = _multiply_add(q, g, total, PRECISION)
     score = (
         total.to(tl.float32)
         * tl.load(query_inverse + query_row)[:, None]
@@ -127,6 +146,7 @@ def topk_similarity_maxima_kernel(
     maxima,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
+    LOADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """maxima[i, t]: the key of query first + i's best score in gallery tile t. Queries up to `last`."""
@@ -136,18 +156,26 @@ def topk_similarity_maxima_kernel(
     tile = tl.program_id(0) // query_tiles
     query_row = first + query_tile * TILE + tl.arange(0, TILE)
     gallery_row = tile * TILE + tl.arange(0, TILE)
+    if LOADS == SPECIALIZED:
+        # Made here: a compiler that splits the tile among warp groups cannot change descriptors of the host.
+        query = tl.make_tensor_descriptor(query, [last, width], [query_stride, 1], [TILE, DEPTH])
+        gallery = tl.make_tensor_descriptor(gallery, [rows, width], [gallery_stride, 1], [TILE, DEPTH])
     score = _scores(
         query,
         query_stride,
+        first + query_tile * TILE,
         tl.minimum(query_row, last - 1),
         query_inverse,
         gallery,
         gallery_stride,
+        tile * TILE,
         tl.minimum(gallery_row, rows - 1),
         gallery_inverse,
         width,
         TILE,
         DEPTH,
+        LOADS,
+        LOADS,
         PRECISION,
     )
     best = tl.max(tl.where((gallery_row < rows)[None, :], score, float("-inf")), 1)
@@ -175,6 +203,7 @@ def topk_similarity_rescore_kernel(
     ordered,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
+    LOADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """ordered[pair, :]: all scores of a (query, gallery tile) pair, ordered; a program takes TILE queries of one tile.
@@ -193,15 +222,19 @@ def topk_similarity_rescore_kernel(
         score = _scores(
             query,
             query_stride,
+            0,
             first + pair // slots,
             query_inverse,
             gallery,
             gallery_stride,
+            tile.to(tl.int32) * TILE,
             tl.minimum(gallery_row, rows - 1),
             gallery_inverse,
             width,
             TILE,
             DEPTH,
+            POINTERS,
+            LOADS,
             PRECISION,
         )
         score = tl.where((gallery_row < rows)[None, :], score, float("-inf"))
@@ -248,15 +281,19 @@ def retrieval_metrics_positives_kernel(
             score = _scores(
                 query,
                 query_stride,
+                0,
                 query_row,
                 query_inverse,
                 gallery,
                 gallery_stride,
+                0,
                 tl.load(order + tl.minimum(place, rows - 1)),
                 gallery_inverse,
                 width,
                 TILE,
                 DEPTH,
+                POINTERS,
+                POINTERS,
                 PRECISION,
             )
             # In pieces: addresses for the whole tile would not fit the registers.
@@ -289,12 +326,14 @@ def retrieval_metrics_count_kernel(
     above,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
+    LOADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds to above[positive] what ranks above it in one gallery tile."""
     query_tiles = tl.cdiv(last - first, TILE)
     at = first + tl.program_id(0) % query_tiles * TILE + tl.arange(0, TILE)
-    gallery_row = tl.program_id(0) // query_tiles * TILE + tl.arange(0, TILE)
+    gallery_first = tl.program_id(0) // query_tiles * TILE
+    gallery_row = gallery_first + tl.arange(0, TILE)
     valid = at < last
     start = tl.load(starts + at, mask=valid, other=0).to(tl.int32)
     count = tl.load(counts + at, mask=valid, other=0).to(tl.int32)
@@ -304,15 +343,19 @@ def retrieval_metrics_count_kernel(
         score = _scores(
             query,
             query_stride,
+            0,
             tl.load(query_order + tl.minimum(at, last - 1)),
             query_inverse,
             gallery,
             gallery_stride,
+            gallery_first,
             tl.minimum(gallery_row, rows - 1),
             gallery_inverse,
             width,
             TILE,
             DEPTH,
+            POINTERS,
+            LOADS,
             PRECISION,
         )
         score = tl.where((gallery_row < rows)[None, :], score, float("-inf"))
@@ -439,6 +482,13 @@ class _Ranking:
                 side.rescale()
         return list(numbers[2:].split([tensor.numel() for tensor in more]))
 
+    def loads(self) -> int:
+        """How consecutive rows are loaded: by descriptors only where every row begins at a multiple of 16 bytes."""
+        for rows in (self.query.rows, self.gallery.rows):
+            if rows.stride(0) * rows.element_size() % 16 or rows.data_ptr() % 16:
+                return POINTERS.value
+        return loads(self.query.rows.dtype, self.query.rows.device)
+
     @property
     def queries(self) -> int:
         return self.query.rows.shape[0]
@@ -448,12 +498,12 @@ class _Ranking:
         return self.gallery.rows.shape[0]
 
     @property
-    def query_arguments(self) -> tuple[Tensor, int, Tensor]:
+    def query_arguments(self) -> tuple[Any, int, Tensor]:
         return self.query.rows, self.query.rows.stride(0), self.query.inverse
 
-    @property
-    def gallery_arguments(self) -> tuple[Tensor, int, Tensor]:
-        return self.gallery.rows, self.gallery.rows.stride(0), self.gallery.inverse
+    def gallery_arguments(self, by: int) -> tuple[Any, int, Tensor]:
+        rows = operand(self.gallery.rows, self.tile, self.options["DEPTH"], by)
+        return rows, self.gallery.rows.stride(0), self.gallery.inverse
 
 
 def on_host(numbers: Tensor) -> Tensor:
@@ -478,10 +528,11 @@ def _rescored(ranking: _Ranking, first: int, last: int, tiles: Tensor) -> Tensor
     blocks = min(count, pairs.numel()) + pairs.numel() // ranking.tile
     block_tiles = torch.searchsorted(block_ends, torch.arange(blocks, device=tiles.device), right=True)
     ordered = tiles.new_empty((queries, slots, ranking.tile), dtype=torch.int32)
+    by = ranking.loads()
     wrap_triton(topk_similarity_rescore_kernel)[(blocks,)](
         *ranking.query_arguments,
         first,
-        *ranking.gallery_arguments,
+        *ranking.gallery_arguments(by),
         ranking.size,
         ranking.query.rows.shape[1],
         pairs,
@@ -490,6 +541,7 @@ def _rescored(ranking: _Ranking, first: int, last: int, tiles: Tensor) -> Tensor
         block_tiles,
         slots,
         ordered,
+        LOADS=by,
         **ranking.options,
     )
     keys = ordered.to(torch.int64).mul_(1 << 32)
@@ -503,16 +555,28 @@ def _best_tiles(ranking: _Ranking, first: int, last: int, k: int) -> Tensor:
     if count <= k:
         return torch.arange(count, device=ranking.query.rows.device).repeat(last - first, 1)
     maxima = ranking.query.inverse.new_empty((last - first, count), dtype=torch.int64)
-    wrap_triton(topk_similarity_maxima_kernel)[(triton.cdiv(last - first, ranking.tile) * count,)](
-        *ranking.query_arguments,
-        first,
-        last,
-        *ranking.gallery_arguments,
-        ranking.size,
-        ranking.query.rows.shape[1],
-        maxima,
-        **ranking.options,
-    )
+    by = ranking.loads()
+    options = {**ranking.options, "LOADS": by}
+    if by == DESCRIPTORS.value and requested_loads() == "specialized" and capability(maxima.device) < 120:
+        # A group of 4 warps loads, two multiply half of the rows each.
+        options.update(LOADS=SPECIALIZED.value, num_warps=4)
+    on_host = DESCRIPTORS.value if options["LOADS"] == DESCRIPTORS.value else POINTERS.value
+    query, *query_rest = ranking.query_arguments
+
+    def launch() -> None:
+        wrap_triton(topk_similarity_maxima_kernel)[(triton.cdiv(last - first, ranking.tile) * count,)](
+            operand(query, ranking.tile, options["DEPTH"], on_host),
+            *query_rest,
+            first,
+            last,
+            *ranking.gallery_arguments(on_host),
+            ranking.size,
+            ranking.query.rows.shape[1],
+            maxima,
+            **options,
+        )
+
+    with_workspace(launch, maxima.device)
     best = maxima.topk(k, sorted=False).values
     return _LAST - (best & _LAST)
 
@@ -527,8 +591,8 @@ def topk_similarity(query: Tensor, gallery: Tensor, k: int, workspace_bytes: int
     values = query.new_empty((ranking.queries, k), dtype=torch.float32)
     indices = query.new_empty((ranking.queries, k), dtype=torch.int64)
     count = triton.cdiv(ranking.size, ranking.tile)
-    # Maxima and their selection; keys and their selection, with the pairs they come from.
-    query_bytes = 16 * count + min(k, count) * (24 * ranking.tile + 48)
+    # Maxima and their selection, a tile's two descriptors; keys and their selection, with the pairs they come from.
+    query_bytes = 18 * count + min(k, count) * (24 * ranking.tile + 48)
     # 32 bits hold every place in a slab.
     slab = max(1, min(workspace_bytes, _LAST) // query_bytes)
     for first in range(0, ranking.queries, slab):
@@ -584,14 +648,29 @@ def retrieval_metrics(
         query_tiles = triton.cdiv(last - first, ranking.tile)
         part = (query_order, first, last)
         spans = (starts, counts, ends, base, order, ranking.size)
-        sides = (*ranking.query_arguments, *ranking.gallery_arguments, width)
+        by = ranking.loads()
         if size > 0:
             # As many registers as there are: left to itself the assembler takes fewer and spills.
             wrap_triton(retrieval_metrics_positives_kernel)[(query_tiles,)](
-                *sides, *part, *spans, scores, **ranking.options, maxnreg=240
+                *ranking.query_arguments,
+                *ranking.gallery_arguments(POINTERS.value),
+                width,
+                *part,
+                *spans,
+                scores,
+                **ranking.options,
+                maxnreg=240,
             )
             wrap_triton(retrieval_metrics_count_kernel)[(query_tiles * tiles,)](
-                *sides, *part, *spans, scores, above, **ranking.options
+                *ranking.query_arguments,
+                *ranking.gallery_arguments(by),
+                width,
+                *part,
+                *spans,
+                scores,
+                above,
+                LOADS=by,
+                **ranking.options,
             )
         owner = torch.arange(last - first, device=query.device).repeat_interleave(counts[first:last], output_size=size)
         # Each query's ranks in ascending order; a rank is at most P.

@@ -168,6 +168,7 @@ def similarity_statistics_kernel(
     TILE_COLUMNS: tl.constexpr,
     PIECES: tl.constexpr,
     DEPTH: tl.constexpr,
+    LOADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Parts of the statistics of `row_tiles` tiles of rows: row_parts [piece of a column tile][field][row of the slab],
@@ -176,13 +177,7 @@ def similarity_statistics_kernel(
     row_start = (first_row_tile + row_tile) * TILE_ROWS
     column_start = column_tile * TILE_COLUMNS
     product = _tiles.tile_product(
-        image + row_start.to(tl.int64) * padded_width,
-        text + column_start.to(tl.int64) * padded_width,
-        padded_width,
-        TILE_ROWS,
-        TILE_COLUMNS,
-        DEPTH,
-        PRECISION,
+        image, row_start, text, column_start, padded_width, TILE_ROWS, TILE_COLUMNS, DEPTH, LOADS, PRECISION
     )
     row = row_start + tl.arange(0, TILE_ROWS)
     row_reciprocal = tl.load(image_scalars + row)[:, None]
@@ -536,6 +531,7 @@ def similarity_gradient_kernel(
     TILE_COLUMNS: tl.constexpr,
     PIECES: tl.constexpr,
     DEPTH: tl.constexpr,
+    LOADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of a block's slab: G = dL/dcosine (without the common factor of the logits) times both packed rows'
@@ -557,13 +553,7 @@ def similarity_gradient_kernel(
     out += tl.arange(0, TILE_ROWS)[:, None] * slab_stride + tl.arange(0, WIDTH)[None, :]
     if KEPT == 0:
         product = _tiles.tile_product(
-            image + row_start.to(tl.int64) * padded_width,
-            text + column_start.to(tl.int64) * padded_width,
-            padded_width,
-            TILE_ROWS,
-            TILE_COLUMNS,
-            DEPTH,
-            PRECISION,
+            image, row_start, text, column_start, padded_width, TILE_ROWS, TILE_COLUMNS, DEPTH, LOADS, PRECISION
         )
         pieces = _tiles.split_columns(product, TILE_ROWS, TILE_COLUMNS, PIECES)
     total = tl.zeros([TILE_ROWS], tl.float32)
@@ -666,10 +656,10 @@ def launch_statistics(
     row_tiles, column_tiles = count // shape.rows, text.data.shape[0] // shape.columns
     anything = image.scalars
     wrap_triton(similarity_statistics_kernel)[(row_tiles * column_tiles,)](
-        image.data,
+        _tiles.operand(image.data, shape.rows, shape.depth, shape.loads),
         image.scalars,
         anything if ids is None else ids[0],
-        text.data,
+        _tiles.operand(text.data, shape.columns, shape.depth, shape.loads),
         text.scalars,
         anything if ids is None else ids[1],
         anything if scale is None else scale,
@@ -762,7 +752,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ids = None
     if call.image_ids is not None and call.text_ids is not None:
         ids = call.image_ids.contiguous(), call.text_ids.contiguous()
-    shape = _tiles.tile_shape(dtype)
+    shape = _tiles.tile_shape(dtype, call.image.device)
     need_gradient = call.need_image or call.need_text or call.need_scale
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -839,11 +829,11 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row_sums = empty(column_tiles, block.rows) if by_norm else empty(row_tiles * column_tiles)
         column_sums = empty(row_tiles, block.columns) if by_norm else row_sums
         wrap_triton(similarity_gradient_kernel)[(row_tiles * column_tiles,)](
-            image.data,
+            _tiles.operand(image.data, shape.rows, shape.depth, shape.loads),
             image.scalars,
             image.scalars if ids is None else ids[0],
             image_coefficients,
-            text.data,
+            _tiles.operand(text.data, shape.columns, shape.depth, shape.loads),
             text.scalars,
             text.scalars if ids is None else ids[1],
             text_coefficients,
