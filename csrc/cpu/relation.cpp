@@ -480,6 +480,25 @@ static void finish(const Axis<T>& axis, int64_t at, const RunningSum& student, c
       static_cast<T>((teacher.shift - student.shift) + (__builtin_log(teacher.sum) - __builtin_log(student.sum)));
 }
 
+// Field f of row `at` of an axis of `rows` rows, as other processes merge and return it.
+template <class T>
+static void write_sums(void* statistics, int64_t rows, int64_t at, const RunningSum& student,
+                       const RunningSum& teacher) {
+  T* out = static_cast<T*>(statistics) + at;
+  out[0] = static_cast<T>(student.shift);
+  out[rows] = static_cast<T>(student.sum);
+  out[2 * rows] = static_cast<T>(teacher.shift);
+  out[3 * rows] = static_cast<T>(teacher.sum);
+}
+
+template <class T>
+static void finish_given(const Axis<T>& axis, const void* statistics, int64_t rows, const Parallel& parallel) {
+  for_rows(parallel, 0, rows, [&](int64_t at) {
+    const T* in = static_cast<const T*>(statistics) + at;
+    finish(axis, at, RunningSum{in[0], in[rows]}, RunningSum{in[2 * rows], in[3 * rows]});
+  });
+}
+
 // (-1)^k / k!
 constexpr double alternating_inverse_factorial(int k) {
   double product = 1;
@@ -628,8 +647,11 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
     cosines.store = memory.take<T>(cosines.kept * columns);
     left -= cosines.kept * row_bytes;
   };
-  keep(teacher_width >= width ? teacher : student);
-  keep(teacher_width >= width ? student : teacher);
+  const bool second_pass_only = args.whole_row_statistics != nullptr;
+  if (!second_pass_only && args.row_statistics == nullptr) {
+    keep(teacher_width >= width ? teacher : student);
+    keep(teacher_width >= width ? student : teacher);
+  }
 
   const auto needs_no_shift = [](T scale) { return scale <= Limits<T>::scale && scale >= -Limits<T>::scale; };
   const bool shifted = !(needs_no_shift(student.scale) && needs_no_shift(teacher.scale));
@@ -647,7 +669,7 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
   const Axis<T> row_axis(memory, count);
   const Axis<T> column_axis(memory, columns);
 
-  for (int64_t begin = 0; begin < count; begin += slab) {
+  for (int64_t begin = second_pass_only ? count : 0; begin < count; begin += slab) {
     const int64_t rows = smaller(slab, count - begin);
     const int64_t blocks = ceil_div(rows, kMc);
     parallel.for_each(blocks * col_blocks, [&](int64_t task) {
@@ -675,7 +697,11 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
         for (int64_t part = row * col_blocks; part < (row + 1) * col_blocks; ++part)
           sums[model].add(static_cast<double>(row_parts[model].shift[part]),
                           static_cast<double>(row_parts[model].sum[part]));
-      finish(row_axis, begin + row, sums[0], sums[1]);
+      if (args.row_statistics != nullptr) {
+        write_sums<T>(args.row_statistics, count, begin + row, sums[0], sums[1]);
+      } else {
+        finish(row_axis, begin + row, sums[0], sums[1]);
+      }
     });
     parallel.for_each(col_blocks, [&](int64_t task) {
       const int64_t end = smaller((task + 1) * kTileColumns<T>, columns);
@@ -686,8 +712,18 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
                                       static_cast<double>(column_parts[model].sum[block * columns + j]));
     });
   }
-  for_rows(parallel, 0, columns,
-           [&](int64_t column) { finish(column_axis, column, column_sums[0][column], column_sums[1][column]); });
+  if (args.column_statistics != nullptr) {
+    for (int64_t j = 0; j < columns; ++j)
+      write_sums<T>(args.column_statistics, columns, j, column_sums[0][j], column_sums[1][j]);
+    return;
+  }
+  if (second_pass_only) {
+    finish_given(row_axis, args.whole_row_statistics, count, parallel);
+    finish_given(column_axis, args.whole_column_statistics, columns, parallel);
+  } else {
+    for_rows(parallel, 0, columns,
+             [&](int64_t column) { finish(column_axis, column, column_sums[0][column], column_sums[1][column]); });
+  }
 
   T* gradient = with_gradient ? memory.take<T>(slab * columns) : nullptr;
   const SlabGradients<T> gradients = slab_gradients<T>(relation, parallel, text, width, slab);
@@ -709,8 +745,7 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
       const T* z = teacher.tile(begin + i0, m, j0, n, teacher_scratch, false, &teacher_stride);
       const auto compute = shifted ? &tile_loss<T, true> : &tile_loss<T, false>;
       losses[task] = compute(x, student_stride, student.scale, z, teacher_stride, teacher.scale, begin + i0, m, j0, n,
-                             row_axis, column_axis, static_cast<T>(1.0 / static_cast<double>(count)),
-                             static_cast<T>(1.0 / static_cast<double>(columns)),
+                             row_axis, column_axis, static_cast<T>(args.row_weight), static_cast<T>(args.column_weight),
                              gradient == nullptr ? nullptr : gradient + i0 * columns + j0, columns);
     });
     for (int64_t task = 0; task < tasks; ++task) {
@@ -729,8 +764,7 @@ static void kullback_leibler(const RelationKlArgs& args, const Parallel& paralle
     for_rows(parallel, 0, columns, [&](int64_t row) {
       project_row(gradients.grad_text + row * width, text + row * width, width, scale, text_inverse[row]);
     });
-  *static_cast<T*>(relation.loss) =
-      static_cast<T>(total.rows / static_cast<double>(count) + total.columns / static_cast<double>(columns));
+  *static_cast<T*>(relation.loss) = static_cast<T>(total.rows * args.row_weight + total.columns * args.column_weight);
   if (args.grad_scale != nullptr) *static_cast<T*>(args.grad_scale) = static_cast<T>(total.scale);
 }
 

@@ -35,7 +35,20 @@ struct RelationKlArgs {
   const void* student_scale;
   const void* teacher_scale;
   void* grad_scale;
+  // 1 / rows and 1 / columns, of the whole matrix where this is a block of one.
+  double row_weight;
+  double column_weight;
+  // Where this is a block of a larger matrix, one pass alone; all null otherwise. kRelationKlStatistics x rows,
+  // dense: shift and sum of e^(logit - shift), student's then teacher's.
+  // Out, pass 1.
+  void* row_statistics;
+  void* column_statistics;
+  // In, pass 2: those of whole rows and columns. The loss is the block's part.
+  const void* whole_row_statistics;
+  const void* whole_column_statistics;
 };
+
+constexpr int64_t kRelationKlStatistics = 4;
 
 LCR2S_KERNEL(relation_frobenius, RelationFrobeniusArgs)
 LCR2S_KERNEL(relation_kl, RelationKlArgs)

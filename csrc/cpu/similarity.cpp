@@ -453,6 +453,21 @@ struct Side {
     return sum;
   }
 
+  void write_statistics(void* statistics) const {
+    T* out = static_cast<T*>(statistics);
+    const int64_t n = direction.rows;
+    for (int f = 0; f < kFields; ++f)
+      __builtin_memcpy(out + f * n, state + f * stride, static_cast<size_t>(n) * sizeof(T));
+    for (int64_t i = 0; i < n; ++i) out[kFields * n + i] = static_cast<T>(positives[i]);
+  }
+
+  void read_coefficients(const void* coefficients) {
+    const T* in = static_cast<const T*>(coefficients);
+    const int64_t n = direction.rows;
+    for (int f = 0; f < Policy::kCoefficients; ++f)
+      __builtin_memcpy(coefficient + f * stride, in + f * n, static_cast<size_t>(n) * sizeof(T));
+  }
+
   // From the gradient of the unit rows to that of the raw rows, in place.
   void project(const Parallel& parallel, double factor) const {
     const int64_t width = features->width;
@@ -491,6 +506,7 @@ static Uniform<T> uniform_scale(const SimilarityArgs& args) {
       return {scale, static_cast<double>(scale)};
     }
     case SimilarityLoss::tal:
+      if (args.logit_scale != nullptr) return {*static_cast<const T*>(args.logit_scale), 1.0};
       return {static_cast<T>(1.0 / args.tau), 1.0};
     case SimilarityLoss::cmpm:
       break;
@@ -516,7 +532,8 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
 
   const int64_t budget = args.workspace_bytes / static_cast<int64_t>(sizeof(T));
   const int64_t ld_kept = padded(columns);
-  const bool keep = need_gradient && rows * ld_kept <= budget;
+  const bool second_pass_only = args.image_coefficients != nullptr;
+  const bool keep = !second_pass_only && need_gradient && rows * ld_kept <= budget;
   // Whole tiles, so that no vector of statistics reaches over the end of a block.
   int64_t block_columns = at_most(ceil_div(columns, kTileColumns) * kTileColumns, kBlockColumns);
   int64_t block_rows = at_most(ceil_div(rows, kTileRows) * kTileRows, kBlockRows);
@@ -549,30 +566,42 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
     });
   };
 
-  for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
-    const int64_t n = at_most(columns - j0, block_columns);
-    pack_panels(parallel, text.unit + j0 * width, int64_t{1}, width, width, n, text_transposed);
-    for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
-      const int64_t m = at_most(rows - i0, block_rows);
-      for_tiles(m, n, [&](int64_t i, int64_t tm, int64_t j, int64_t tn, int64_t q, int64_t p) {
-        alignas(64) T tile[kTileRows * kTileColumns];
-        tile_cosines(i0 + i, tm, j, tn, tile);
-        tile_statistics<T, Policy>(tile_at(i0 + i, tm, j0 + j, tn), tile, row_parts + p * fields * row_stride + i,
-                                   row_stride, column_parts + q * fields * column_stride + j, column_stride);
-        if (!keep) return;
-        for (int64_t r = 0; r < tm; ++r)
-          __builtin_memcpy(cosines + (i0 + i + r) * ld_kept + j0 + j, tile + r * kTileColumns,
-                           static_cast<size_t>(tn) * sizeof(T));
-      });
-      merge_statistics<T, Policy>(parallel, row_parts, ceil_div(n, kTileColumns), fields * row_stride, row_stride, m,
-                                  image.state + i0, image.stride);
-      merge_statistics<T, Policy>(parallel, column_parts, ceil_div(m, kTileRows), fields * column_stride, column_stride,
-                                  n, text.state + j0, text.stride);
+  if (!second_pass_only) {
+    for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
+      const int64_t n = at_most(columns - j0, block_columns);
+      pack_panels(parallel, text.unit + j0 * width, int64_t{1}, width, width, n, text_transposed);
+      for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
+        const int64_t m = at_most(rows - i0, block_rows);
+        for_tiles(m, n, [&](int64_t i, int64_t tm, int64_t j, int64_t tn, int64_t q, int64_t p) {
+          alignas(64) T tile[kTileRows * kTileColumns];
+          tile_cosines(i0 + i, tm, j, tn, tile);
+          tile_statistics<T, Policy>(tile_at(i0 + i, tm, j0 + j, tn), tile, row_parts + p * fields * row_stride + i,
+                                     row_stride, column_parts + q * fields * column_stride + j, column_stride);
+          if (!keep) return;
+          for (int64_t r = 0; r < tm; ++r)
+            __builtin_memcpy(cosines + (i0 + i + r) * ld_kept + j0 + j, tile + r * kTileColumns,
+                             static_cast<size_t>(tn) * sizeof(T));
+        });
+        merge_statistics<T, Policy>(parallel, row_parts, ceil_div(n, kTileColumns), fields * row_stride, row_stride, m,
+                                    image.state + i0, image.stride);
+        merge_statistics<T, Policy>(parallel, column_parts, ceil_div(m, kTileRows), fields * column_stride,
+                                    column_stride, n, text.state + j0, text.stride);
+      }
     }
   }
-  // In this order: the sum is the same bits whoever asks for gradients.
-  const double of_rows = image.finish(args, parallel);
-  *static_cast<T*>(args.loss) = static_cast<T>(of_rows + text.finish(args, parallel));
+  if (args.image_statistics != nullptr) {
+    image.write_statistics(args.image_statistics);
+    text.write_statistics(args.text_statistics);
+    return;
+  }
+  if (second_pass_only) {
+    image.read_coefficients(args.image_coefficients);
+    text.read_coefficients(args.text_coefficients);
+  } else {
+    // In this order: the sum is the same bits whoever asks for gradients.
+    const double of_rows = image.finish(args, parallel);
+    *static_cast<T*>(args.loss) = static_cast<T>(of_rows + text.finish(args, parallel));
+  }
   if (!need_gradient) return;
 
   T* text_rows = grad_image == nullptr ? nullptr : args.memory.take<T>(packed_size<T>(block_columns, width));
@@ -586,7 +615,8 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
   for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
     const int64_t n = at_most(columns - j0, block_columns);
     const T* unit_text = text.unit + j0 * width;
-    if (!keep && !one_text_block) pack_panels(parallel, unit_text, int64_t{1}, width, width, n, text_transposed);
+    if (!keep && (second_pass_only || !one_text_block))
+      pack_panels(parallel, unit_text, int64_t{1}, width, width, n, text_transposed);
     if (text_rows != nullptr) pack_panels(parallel, unit_text, width, int64_t{1}, n, width, text_rows);
     for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
       const int64_t m = at_most(rows - i0, block_rows);

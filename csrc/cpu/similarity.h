@@ -35,7 +35,21 @@ struct SimilarityArgs {
   void* grad_image;
   void* grad_text;
   void* grad_scale;
+  // Where this is a block of a larger matrix, one pass alone; all null otherwise.
+  // Out, pass 1: similarity_statistics() x rows, dense, of what merges with that of other blocks: maxima, sums,
+  // positives.
+  void* image_statistics;
+  void* text_statistics;
+  // In, pass 2: kSimilarityCoefficients x rows, dense, from the statistics of whole rows.
+  const void* image_coefficients;
+  const void* text_coefficients;
 };
+
+// Fields of a row: maximum (TAL: over positives, over negatives), sums, number of positives.
+constexpr int64_t similarity_statistics(SimilarityLoss kind) {
+  return kind == SimilarityLoss::info_nce ? 4 : kind == SimilarityLoss::tal ? 6 : 5;
+}
+constexpr int64_t kSimilarityCoefficients = 4;
 
 LCR2S_KERNEL(similarity, SimilarityArgs)
 

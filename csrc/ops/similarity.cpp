@@ -153,12 +153,16 @@ void check_eps(const char* op, double eps) {
         eps);
 }
 
-LossGradientsAndScale with_scale(const char* op, Similarity& call, cpu::SimilarityArgs args, const Tensor& logit_scale,
-                                 bool need_scale) {
+Tensor logit_scale_of(const char* op, const Tensor& logit_scale, ScalarType dtype) {
   check_cpu(op, "logit_scale", logit_scale);
   check_dim(op, "logit_scale", logit_scale, 0);
   check_floating(op, "logit_scale", logit_scale);
-  const Tensor scale = torch::stable::to(logit_scale, call.dtype());
+  return torch::stable::to(logit_scale, dtype);
+}
+
+LossGradientsAndScale with_scale(const char* op, Similarity& call, cpu::SimilarityArgs args, const Tensor& logit_scale,
+                                 bool need_scale) {
+  const Tensor scale = logit_scale_of(op, logit_scale, call.dtype());
   Tensor grad_scale = need_scale ? call.empty({}) : call.empty({0});
   args.logit_scale = scale.const_data_ptr();
   args.grad_scale = need_scale ? grad_scale.mutable_data_ptr() : nullptr;
@@ -206,6 +210,53 @@ LossAndGradients tal(Tensor image, Tensor text, Tensor image_ids, Tensor text_id
   return {call.loss(), call.grad_image(), call.grad_text()};
 }
 
+cpu::SimilarityLoss loss_of(const char* op, int64_t loss) {
+  check(loss >= 0 && loss <= 3, op, "`loss` must be 0 (InfoNCE), 1 (SDM), 2 (CMPM) or 3 (TAL), got ", loss);
+  return static_cast<cpu::SimilarityLoss>(loss);
+}
+
+std::tuple<Tensor, Tensor> similarity_statistics(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids,
+                                                 Tensor logit_scale, int64_t loss, int64_t workspace_bytes) {
+  constexpr const char* op = "similarity_statistics";
+  Similarity call(op, image, text, image_ids, text_ids, workspace_bytes, false, false);
+  cpu::SimilarityArgs args = call.args(loss_of(op, loss));
+  const Tensor scale = logit_scale_of(op, logit_scale, call.dtype());
+  const int64_t fields = cpu::similarity_statistics(args.kind);
+  Tensor of_images = call.empty({fields, image.size(0)}), of_texts = call.empty({fields, text.size(0)});
+  args.logit_scale = scale.const_data_ptr();
+  args.image_statistics = of_images.mutable_data_ptr();
+  args.text_statistics = of_texts.mutable_data_ptr();
+  cpu::similarity(args, torch_parallel());
+  return {of_images, of_texts};
+}
+
+Tensor coefficients_of(const char* op, const char* name, const Tensor& coefficients, int64_t rows, ScalarType dtype) {
+  check_cpu(op, name, coefficients);
+  check_dim(op, name, coefficients, 2);
+  check_size(op, name, coefficients, 0, cpu::kSimilarityCoefficients);
+  check_size(op, name, coefficients, 1, rows);
+  check(coefficients.scalar_type() == dtype, op, "`", name, "` must have the dtype of the statistics");
+  return torch::stable::contiguous(coefficients);
+}
+
+LossAndGradients similarity_gradients(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, Tensor logit_scale,
+                                      Tensor image_coefficients, Tensor text_coefficients, int64_t loss,
+                                      int64_t workspace_bytes, bool need_image, bool need_text, bool need_scale) {
+  constexpr const char* op = "similarity_gradients";
+  Similarity call(op, image, text, image_ids, text_ids, workspace_bytes, need_image, need_text);
+  cpu::SimilarityArgs args = call.args(loss_of(op, loss));
+  const Tensor scale = logit_scale_of(op, logit_scale, call.dtype());
+  const Tensor of_images = coefficients_of(op, "image_coefficients", image_coefficients, image.size(0), call.dtype());
+  const Tensor of_texts = coefficients_of(op, "text_coefficients", text_coefficients, text.size(0), call.dtype());
+  Tensor grad_scale = need_scale ? call.empty({}) : call.empty({0});
+  args.logit_scale = scale.const_data_ptr();
+  args.grad_scale = need_scale ? grad_scale.mutable_data_ptr() : nullptr;
+  args.image_coefficients = of_images.const_data_ptr();
+  args.text_coefficients = of_texts.const_data_ptr();
+  cpu::similarity(args, torch_parallel());
+  return {call.grad_image(), call.grad_text(), grad_scale};
+}
+
 }  // namespace
 
 #endif
@@ -225,6 +276,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr2s, m) {
   m.def(
       "tal(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, float margin, float tau, "
       "int workspace_bytes, bool need_image, bool need_text) -> (Tensor loss, Tensor grad_image, Tensor grad_text)");
+  // The two passes over a block of a larger matrix. `loss`: 0 InfoNCE, 1 SDM, 2 CMPM, 3 TAL (logit_scale 1 / tau).
+  m.def(
+      "similarity_statistics(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, Tensor logit_scale, "
+      "int loss, int workspace_bytes) -> (Tensor of_images, Tensor of_texts)");
+  m.def(
+      "similarity_gradients(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, Tensor logit_scale, "
+      "Tensor image_coefficients, Tensor text_coefficients, int loss, int workspace_bytes, bool need_image, "
+      "bool need_text, bool need_scale) -> (Tensor grad_image, Tensor grad_text, Tensor grad_scale)");
 }
 
 #ifndef LCR2S_EMULATE_CUDA
@@ -233,6 +292,8 @@ STABLE_TORCH_LIBRARY_IMPL(lcr2s, CPU, m) {
   m.impl("sdm", TORCH_BOX(&sdm));
   m.impl("cmpm", TORCH_BOX(&cmpm));
   m.impl("tal", TORCH_BOX(&tal));
+  m.impl("similarity_statistics", TORCH_BOX(&similarity_statistics));
+  m.impl("similarity_gradients", TORCH_BOX(&similarity_gradients));
 }
 #endif
 

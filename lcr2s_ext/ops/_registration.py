@@ -100,7 +100,8 @@ class _Refusal(torch.autograd.Function):
         return no_double_backward(ctx.op)(ctx, *grads)
 
 
-def _refuse_differentiation(op: str, gradient: Tensor) -> Tensor:
+def refuse_differentiation(op: str, gradient: Tensor) -> Tensor:
+    """The gradient, which raises an error where it is differentiated."""
     # Only under create_graph=True is a backward run with gradients enabled. Without this a gradient computed in the
     # forward would pass for a constant, and second derivatives would silently be wrong.
     if not torch.is_grad_enabled():
@@ -133,10 +134,21 @@ def register_scalar_loss(namespace: str, op: str, differentiable: tuple[int, ...
                 if ctx.needs_input_grad[position]:
                     # Scaled in the statistics dtype: a half gradient would underflow before a GradScaler acts.
                     scaled = (gradient * grad_loss).to(dtype)
-                    result[position] = _refuse_differentiation(op, scaled)
+                    result[position] = refuse_differentiation(op, scaled)
         return tuple(result)
 
     torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=setup_context)
+
+
+def register_pass(namespace: str, op: str, fake: Callable[..., Any]) -> None:
+    """Fake tensors of an operator that is one pass of a loss over a block, and a backward that refuses: the gradients
+    are what the passes are for."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(f"{op}: one pass of a loss is not differentiable")
+
+    torch.library.register_fake(f"{namespace}::{op}", fake)
+    torch.library.register_autograd(f"{namespace}::{op}", backward)
 
 
 def needs_grad(*tensors: Tensor) -> list[bool]:

@@ -3,12 +3,16 @@
 The compiled kernels never form the B x N matrices: memory is O((B + N) d + d^2) and a bounded workspace.
 """
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lcr2s_ext import _checks
-from lcr2s_ext.ops import _backend, _distributed, _registration, _workspace
+from lcr2s_ext.ops import _backend, _distributed, _library, _registration, _workspace
 from lcr2s_ext.reference import relation as reference
 
 _REDUCTIONS = ("sum", "row", "mean")
@@ -89,14 +93,98 @@ def relation_frobenius_loss(
     reduction = _checks.check_choice("reduction", reduction, _REDUCTIONS)
     chosen = _backend.resolve("relation_frobenius", backend, student_image.device, student_image.shape[0])
     _checks.check_backend_dtype(chosen, **dict(zip(_FEATURES, features, strict=True)))
+    group = _distributed.check_group(group)
     if group is not None:
-        return _distributed.frobenius(_distributed.check_group(group), features, reduction)
+        return _distributed.frobenius(group, features, reduction)
     if chosen == "reference":
         return reference.relation_frobenius_loss(*features, reduction)
     needs = _registration.needs_grad(*features[:2])
     return _frobenius_operators(chosen).relation_frobenius(
         *features, _REDUCTIONS.index(reduction), _workspace.workspace_bytes(student_image.device), *needs
     )[0]
+
+
+class _ReferenceKlPasses:
+    """The reference's passes under the operators' signatures."""
+
+    @staticmethod
+    def relation_kl_statistics(*args: Any) -> tuple[Tensor, Tensor]:
+        return reference.relation_kl_statistics(*args[:6])
+
+    @staticmethod
+    def relation_kl_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return reference.relation_kl_gradients(*args[:10])
+
+
+def _kl_passes(backend: str) -> Any:
+    """The namespace with the two passes of `backend`, None where it has none."""
+    if backend == "reference":
+        return _ReferenceKlPasses
+    if backend != "triton" and _library.has_kernel("relation_kl_statistics", backend):
+        return _kl_operators(backend)
+    return None
+
+
+def _group_kl(
+    group: ProcessGroup,
+    passes: Any,
+    features: tuple[Tensor, Tensor, Tensor, Tensor],
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+) -> Tensor:
+    """The loss over the rows of all ranks, each of which works on its images' rows of the matrices alone."""
+    needs = _registration.needs_grad(*features[:2], student_scale)
+    workspace = _workspace.workspace_bytes(features[0].device)
+    _distributed.check_agreement(
+        group,
+        dict(zip(_FEATURES, features, strict=True)),
+        gradients_needed=sum(need << bit for bit, need in enumerate(needs)),
+        workspace_limit=workspace,
+    )
+    dtype = _statistics(*features)
+    image, text, soft_image, soft_text = (tensor.detach() for tensor in features)
+    scales = student_scale.detach(), teacher_scale
+    block = (text, soft_text)
+    ring = _distributed.travels_in_ring(group, block, _gradient(text, dtype, True) if needs[1] else None, workspace)
+    of_rows: list[Tensor] = []
+
+    def statistics(block: Sequence[Tensor]) -> Tensor:
+        rows, columns = passes.relation_kl_statistics(image, block[0], soft_image, block[1], *scales, workspace)
+        of_rows.append(rows.T)
+        return columns.T
+
+    with torch.no_grad():
+        of_columns = _distributed.pass_over(group, ring, block, statistics, reference.merge_kl_statistics)
+        whole_rows = functools.reduce(reference.merge_kl_statistics, of_rows).T.contiguous()
+        weights = [1 / (group.size() * side.shape[0]) for side in (image, text)]
+        of_image: list[Tensor] = []
+        # Of the loss and of the gradient of the scale, block by block.
+        sums: list[Tensor] = []
+
+        def gradients(block: Sequence[Tensor]) -> Tensor | None:
+            text, soft_text, whole_columns = block
+            loss, grad_image, grad_text, grad_scale = passes.relation_kl_gradients(
+                image,
+                text,
+                soft_image,
+                soft_text,
+                *scales,
+                whole_rows,
+                whole_columns.T.contiguous(),
+                *weights,
+                workspace,
+                *needs,
+            )
+            if needs[0]:
+                of_image[:] = [of_image[0].add_(grad_image) if of_image else grad_image]
+            sums.append(torch.stack([loss, grad_scale if needs[2] else torch.zeros_like(loss)]).double())
+            return grad_text if needs[1] else None
+
+        of_text = _distributed.pass_over(group, ring, (*block, of_columns), gradients, torch.add)
+        loss, of_scale = _distributed.total(group, functools.reduce(torch.add, sums)).to(dtype)
+    # Each rank holds the scale: it keeps an equal part of the whole gradient.
+    found = [of_image[0] if needs[0] else None, of_text, of_scale / group.size() if needs[2] else None]
+    return _distributed.computed("relation_kl", loss, (features[0], features[1], student_scale), found)
 
 
 def relation_kl_loss(
@@ -147,9 +235,11 @@ def relation_kl_loss(
     teacher = _checks.check_scale("teacher_scale", teacher_scale, device, dtype).detach()
     chosen = _backend.resolve("relation_kl", backend, device, student_image.shape[0])
     _checks.check_backend_dtype(chosen, **dict(zip(_FEATURES, features, strict=True)))
+    group = _distributed.check_group(group)
     if group is not None:
-        named = dict(zip(_FEATURES, features, strict=True))
-        gathered = _distributed.gather(_distributed.check_group(group), named)
+        if (passes := _kl_passes(chosen)) is not None:
+            return _group_kl(group, passes, features, student, teacher)
+        gathered = _distributed.gather(group, dict(zip(_FEATURES, features, strict=True)))
         features = (gathered[0], gathered[1], gathered[2], gathered[3])
         student = _distributed.share(group, student)
     if chosen == "reference":
@@ -200,6 +290,40 @@ def _fake_kl(
     )
 
 
+def _fake_kl_statistics(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    dtype = _statistics(student_image, student_text, teacher_image, teacher_text)
+    rows, columns = (side.new_empty((4, side.shape[0]), dtype=dtype) for side in (student_image, student_text))
+    return rows, columns
+
+
+def _fake_kl_gradients(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+    row_statistics: Tensor,
+    column_statistics: Tensor,
+    row_weight: float,
+    column_weight: float,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    features = student_image, student_text, teacher_image, teacher_text
+    return _fake_kl(*features, student_scale, teacher_scale, workspace_bytes, need_image, need_text, need_scale)
+
+
 # No autocast rule: the kernels take every dtype as it is and normalise in their own precision.
 def _register_frobenius(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::relation_frobenius", _fake_frobenius)
@@ -209,6 +333,9 @@ def _register_frobenius(namespace: str) -> None:
 def _register_kl(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::relation_kl", _fake_kl)
     _registration.register_scalar_loss(namespace, "relation_kl", (0, 1, 4))
+    if namespace == _registration.COMPILED:
+        _registration.register_pass(namespace, "relation_kl_statistics", _fake_kl_statistics)
+        _registration.register_pass(namespace, "relation_kl_gradients", _fake_kl_gradients)
 
 
 _frobenius_operators = _registration.Operators("relation_frobenius", _register_frobenius)

@@ -3,6 +3,8 @@
 The compiled kernels stream the matrix through a bounded workspace: memory is O((B + N) d), whatever B N is.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lcr2s_ext import _checks
-from lcr2s_ext.ops import _backend, _distributed, _registration, _workspace
+from lcr2s_ext.ops import _backend, _distributed, _library, _registration, _workspace
 from lcr2s_ext.reference import similarity as reference
 
 
@@ -48,7 +50,7 @@ def _check_finite(name: str, value: object) -> float:
 def _whole_batch(
     group: ProcessGroup | None, image: Tensor, text: Tensor, image_ids: Tensor | None, text_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Any, Any]:
-    """The features and ids of all ranks of a group; without one what came."""
+    """The features and ids of all ranks of a group, for a backend without passes; without a group what came."""
     if group is None:
         return image, text, image_ids, text_ids
     named = {"image": image, "text": text, "image_ids": image_ids, "text_ids": text_ids}
@@ -56,8 +58,154 @@ def _whole_batch(
     shared = image_ids is text_ids
     if shared:
         del named["text_ids"]
-    gathered = _distributed.gather(_distributed.check_group(group), named)
+    gathered = _distributed.gather(group, named)
     return gathered[0], gathered[1], gathered[2], gathered[2 if shared else 3]
+
+
+class _ReferencePasses:
+    """The reference's passes under the operators' signatures."""
+
+    @staticmethod
+    def similarity_statistics(
+        image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor, logit_scale: Tensor, loss: int, _: int
+    ) -> tuple[Tensor, Tensor]:
+        return reference.similarity_statistics(image, text, image_ids, text_ids, logit_scale, loss)
+
+    @staticmethod
+    def similarity_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return reference.similarity_gradients(*args[:8])
+
+
+def _passes(backend: str) -> Any:
+    """The namespace with the two passes of `backend`, None where it has none."""
+    if backend == "reference":
+        return _ReferencePasses
+    if backend != "triton" and _library.has_kernel("similarity_statistics", backend):
+        return _operators(backend)
+    return None
+
+
+def _constant(value: float, image: Tensor, text: Tensor) -> Tensor:
+    return torch.full((), value, dtype=_statistics(image, text), device=image.device)
+
+
+def _group_loss(
+    group: ProcessGroup,
+    passes: Any,
+    loss: int,
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    logit_scale: Tensor,
+    *,
+    eps: float = 1.0,
+    l2_target: bool = False,
+    margin: float = 0.0,
+    tau: float = 1.0,
+) -> Tensor:
+    """A loss over the rows of all ranks, each of which works on its images' rows of the matrix alone."""
+    needs = _registration.needs_grad(image, text, logit_scale)
+    workspace = _workspace.workspace_bytes(image.device)
+    tensors = {"image": image, "text": text, "image_ids": image_ids, "text_ids": text_ids}
+    _distributed.check_agreement(
+        group,
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        gradients_needed=sum(need << bit for bit, need in enumerate(needs)),
+        workspace_limit=workspace,
+    )
+    if image_ids is None or text_ids is None:
+        image_ids = text_ids = _distributed.global_ids(group, image)
+    ranks = group.size()
+    with torch.no_grad():
+        result, gradients = _group_loss_and_gradients(
+            group,
+            passes,
+            loss,
+            (image.detach(), text.detach(), image_ids, text_ids, logit_scale.detach()),
+            needs,
+            workspace,
+            (ranks * image.shape[0], ranks * text.shape[0]),
+            {"eps": eps, "l2_target": l2_target, "margin": margin, "tau": tau},
+        )
+    return _distributed.computed(_NAMES[loss], result, (image, text, logit_scale), gradients)
+
+
+def _group_loss_and_gradients(
+    group: ProcessGroup,
+    passes: Any,
+    loss: int,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    needs: Sequence[bool],
+    workspace: int,
+    sizes: tuple[int, int],
+    options: dict[str, Any],
+) -> tuple[Tensor, list[Tensor | None]]:
+    image, text, image_ids, text_ids, scale = tensors
+    dtype = _statistics(image, text)
+    merge = functools.partial(reference.merge_statistics, loss=loss)
+    block = (text, text_ids)
+    ring = _distributed.travels_in_ring(group, block, _gradient(text, dtype, True) if needs[1] else None, workspace)
+    of_images: list[Tensor] = []
+
+    def statistics(block: Sequence[Tensor]) -> Tensor:
+        rows, columns = passes.similarity_statistics(image, block[0], image_ids, block[1], scale, loss, workspace)
+        of_images.append(rows.T)
+        return columns.T
+
+    of_texts = _distributed.pass_over(group, ring, block, statistics, merge)
+    finished = [
+        reference.finish_statistics(side, entries, loss, **options)
+        for side, entries in ((functools.reduce(merge, of_images), sizes[1]), (of_texts, sizes[0]))
+    ]
+    # Losses and numbers of rows with a positive, of images and of texts.
+    totals = _distributed.total(group, torch.stack([number for side in finished for number in side[:2]])).view(2, 2)
+    if loss == reference.INFO_NCE:
+        weights = 0.5 / totals[:, 1].clamp(min=1)
+    elif loss == reference.TAL:
+        weights = torch.ones_like(totals[:, 1])
+    else:
+        weights = torch.stack([torch.full_like(totals[0, 1], 1 / size) for size in sizes])
+    value = (weights * totals[:, 0]).sum().to(dtype)
+    if not any(needs):
+        return value, [None, None, None]
+
+    coefficients = [
+        reference.weigh(side[2], weight, loss).to(dtype) for side, weight in zip(finished, weights, strict=True)
+    ]
+    of_image: list[Tensor] = []
+    of_scale: list[Tensor] = []
+
+    def gradients(block: Sequence[Tensor]) -> Tensor | None:
+        text, text_ids, of_texts = block
+        found = passes.similarity_gradients(
+            image,
+            text,
+            image_ids,
+            text_ids,
+            scale,
+            coefficients[0].T.contiguous(),
+            of_texts.T.contiguous(),
+            loss,
+            workspace,
+            *needs,
+        )
+        if needs[0]:
+            of_image[:] = [of_image[0].add_(found[0]) if of_image else found[0]]
+        if needs[2]:
+            of_scale.append(found[2].double())
+        return found[1] if needs[1] else None
+
+    of_text = _distributed.pass_over(group, ring, (*block, coefficients[1]), gradients, torch.add)
+    scale_gradient = None
+    if needs[2]:
+        # Each rank holds the scale: it keeps an equal part of the whole gradient.
+        whole = _distributed.total(group, functools.reduce(torch.add, of_scale).reshape(1))
+        scale_gradient = (whole / group.size()).reshape(()).to(dtype)
+    return value, [of_image[0] if needs[0] else None, of_text, scale_gradient]
+
+
+_NAMES = ("info_nce", "sdm", "cmpm", "tal")
 
 
 def _statistics(image: Tensor, text: Tensor) -> torch.dtype:
@@ -113,6 +261,9 @@ def info_nce_loss(
     scale = _checks.check_scale("logit_scale", logit_scale, image.device, _statistics(image, text))
     chosen = _backend.resolve("info_nce", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
+    group = _distributed.check_group(group)
+    if group is not None and (passes := _passes(chosen)) is not None:
+        return _group_loss(group, passes, reference.INFO_NCE, image, text, image_ids, text_ids, scale)
     image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
     scale = _distributed.share(group, scale)
     if chosen == "reference":
@@ -169,6 +320,9 @@ def sdm_loss(
     eps = _checks.check_positive("eps", eps)
     chosen = _backend.resolve("sdm", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
+    group = _distributed.check_group(group)
+    if group is not None and (passes := _passes(chosen)) is not None:
+        return _group_loss(group, passes, reference.SDM, image, text, image_ids, text_ids, scale, eps=eps)
     image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
     scale = _distributed.share(group, scale)
     if chosen == "reference":
@@ -223,6 +377,20 @@ def cmpm_loss(
     eps = _checks.check_positive("eps", eps)
     chosen = _backend.resolve("cmpm", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
+    group = _distributed.check_group(group)
+    if group is not None and (passes := _passes(chosen)) is not None:
+        return _group_loss(
+            group,
+            passes,
+            reference.CMPM,
+            image,
+            text,
+            image_ids,
+            text_ids,
+            _constant(1.0, image, text),
+            eps=eps,
+            l2_target=target == "l2",
+        )
     image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
     if chosen == "reference":
         return reference.cmpm_loss(image, text, image_ids, text_ids, target, eps)
@@ -277,6 +445,20 @@ def tal_loss(
     tau = _checks.check_positive("tau", tau)
     chosen = _backend.resolve("tal", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
+    group = _distributed.check_group(group)
+    if group is not None and (passes := _passes(chosen)) is not None:
+        return _group_loss(
+            group,
+            passes,
+            reference.TAL,
+            image,
+            text,
+            image_ids,
+            text_ids,
+            _constant(1.0 / tau, image, text),
+            margin=margin,
+            tau=tau,
+        )
     image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
     if chosen == "reference":
         return reference.tal_loss(image, text, image_ids, text_ids, margin, tau)
@@ -354,6 +536,42 @@ def _fake_tal(
     return _fake_loss(image, text, need_image, need_text)
 
 
+def _fake_statistics(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    logit_scale: Tensor,
+    loss: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    dtype = _statistics(image, text)
+    fields = reference.FIELDS[loss]
+    return image.new_empty((fields, image.shape[0]), dtype=dtype), text.new_empty((fields, text.shape[0]), dtype=dtype)
+
+
+def _fake_gradients(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    logit_scale: Tensor,
+    image_coefficients: Tensor,
+    text_coefficients: Tensor,
+    loss: int,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _statistics(image, text)
+    return (
+        _gradient(image, dtype, need_image),
+        _gradient(text, dtype, need_text),
+        _gradient(logit_scale, dtype, need_scale),
+    )
+
+
 # No autocast rule: the kernels take every dtype as it is and keep their statistics in float32.
 def _register(namespace: str) -> None:
     for op, fake, differentiable in (
@@ -364,6 +582,9 @@ def _register(namespace: str) -> None:
     ):
         torch.library.register_fake(f"{namespace}::{op}", fake)
         _registration.register_scalar_loss(namespace, op, differentiable)
+    if namespace == _registration.COMPILED:
+        _registration.register_pass(namespace, "similarity_statistics", _fake_statistics)
+        _registration.register_pass(namespace, "similarity_gradients", _fake_gradients)
 
 
 _operators = _registration.Operators("similarity", _register)

@@ -106,3 +106,160 @@ def tal_loss(image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor, m
         positive = _positive(image_ids, text_ids)
         image_to_text = _triplet_alignment(cosine, positive, margin, tau)
         return image_to_text + _triplet_alignment(cosine.T, positive.T, margin, tau)
+
+
+# The same losses of a matrix that is cut into blocks, in two passes over them: statistics of every row and column,
+# which merge; then gradients, from coefficients of whole rows and columns.
+INFO_NCE, SDM, CMPM, TAL = range(4)
+# Of a row's statistics.
+FIELDS = (4, 5, 5, 6)
+
+# Below every logit, and finite: differences of two of them are not NaN.
+_LOWEST = -1e30
+
+
+def _logits(image: Tensor, text: Tensor, logit_scale: Tensor, loss: int) -> tuple[Tensor, Tensor]:
+    """Logits of the rows (B, N) and of the columns (N, B)."""
+    cosine, image_norm, text_norm = _cosine(image, text)
+    if loss == CMPM:
+        return image_norm * cosine, text_norm * cosine.T
+    return logit_scale * cosine, logit_scale * cosine.T
+
+
+def _row_statistics(x: Tensor, positive: Tensor, loss: int) -> Tensor:
+    count = positive.sum(1).to(x.dtype)
+    top = x.amax(1)
+    if loss == TAL:
+        top = torch.where(positive, x, _LOWEST).amax(1)
+        other_top = torch.where(positive, _LOWEST, x).amax(1)
+        below = x - torch.where(positive, top[:, None], other_top[:, None])
+        e = below.exp()
+        sums = [(e * positive).sum(1), torch.where(positive, e * below, 0.0).sum(1), (e * ~positive).sum(1)]
+        return torch.stack([top, other_top, *sums, count])
+    below = x - top[:, None]
+    e = below.exp()
+    if loss == INFO_NCE:
+        return torch.stack([top, e.sum(1), torch.where(positive, x, 0.0).sum(1), count])
+    return torch.stack([top, (e * positive).sum(1), (e * below).sum(1), (e * ~positive).sum(1), count])
+
+
+def similarity_statistics(
+    image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor, logit_scale: Tensor, loss: int
+) -> tuple[Tensor, Tensor]:
+    """Statistics of the rows (fields, B) and of the columns (fields, N) of a block, for :func:`merge_statistics`.
+
+    Fields, with m the largest logit: InfoNCE m, sum e^(x - m), sum of x over positives; SDM and CMPM m, sum e^(x - m)
+    over positives, sum e^(x - m) (x - m), sum e^(x - m) over negatives; TAL m over positives, m over negatives, sum
+    e^(x - m) and sum e^(x - m) (x - m) over positives, sum e^(x - m) over negatives. Then the number of positives.
+
+    Args:
+        image, text: (B, d) and (N, d) features.
+        image_ids, text_ids: (B,) and (N,) identities.
+        logit_scale: () factor of the cosines, 1 / tau for TAL; CMPM has none.
+        loss: INFO_NCE, SDM, CMPM or TAL.
+    """
+    with torch.autocast(image.device.type, enabled=False), torch.no_grad():
+        positive = _positive(image_ids, text_ids)
+        x, y = _logits(image, text, logit_scale, loss)
+        return _row_statistics(x, positive, loss), _row_statistics(y, positive.T, loss)
+
+
+def merge_statistics(first: Tensor, second: Tensor, loss: int) -> Tensor:
+    """Statistics (rows, fields) of two blocks as those of both."""
+    a, b = first.unbind(1), second.unbind(1)
+    maxima = 2 if loss == TAL else 1
+    tops = [torch.maximum(a[g], b[g]) for g in range(maxima)]
+    sums: list[Tensor] = [torch.zeros_like(tops[0])] * (len(a) - maxima)
+    for part in (a, b):
+        shift = [part[g] - tops[g] for g in range(maxima)]
+        by = [s.exp() for s in shift]
+        if loss == INFO_NCE:
+            moved = [by[0] * part[1], part[2]]
+        elif loss == TAL:
+            moved = [by[0] * part[2], by[0] * (part[3] + part[2] * shift[0]), by[1] * part[4]]
+        else:
+            moved = [by[0] * part[1], by[0] * (part[2] + (part[1] + part[3]) * shift[0]), by[0] * part[3]]
+        sums = [total + more for total, more in zip(sums, [*moved, part[-1]], strict=True)]
+    return torch.stack([*tops, *sums], 1)
+
+
+def finish_statistics(
+    statistics: Tensor, entries: int, loss: int, *, eps: float, l2_target: bool, margin: float, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From statistics (rows, fields) of whole rows of `entries` columns, all in float64: the sum of the rows' losses
+    without their weight, the number of rows with a positive, and (rows, 4) coefficients for :func:`weigh`."""
+    fields = statistics.double().unbind(1)
+    count = fields[-1]
+    has_positive = (count > 0).double()
+    number = count.clamp(min=1)
+    if loss == INFO_NCE:
+        top, total, of_positive, _ = fields
+        # Multiplied, not selected: NaN in a row that is left out still shows.
+        losses = has_positive * (top + total.log() - of_positive / number)
+        coefficients = [top, has_positive / total, has_positive / number, torch.zeros_like(top)]
+    elif loss == TAL:
+        top, other_top, of_positive, first, of_negative, _ = fields
+        valid = (count > 0) & (count < entries)
+        hinge = margin - tau * (top + first / of_positive) + tau * (other_top + of_negative.log())
+        active = valid & ~(hinge <= 0)
+        losses = torch.where(valid, torch.where(hinge <= 0, 0.0, hinge), 0.0 * (of_positive + of_negative))
+        coefficients = [
+            top,
+            torch.where(active, -1.0 / of_positive, 0.0),
+            other_top,
+            torch.where(active, 1.0 / of_negative, 0.0),
+        ]
+    else:
+        top, of_positive, first, of_negative, _ = fields
+        total = of_positive + of_negative
+        log_other = torch.full_like(top, eps).log()
+        log_target = torch.where(count > 0, (1.0 / (number.sqrt() if l2_target else number) + eps).log(), log_other)
+        losses = (first - log_target * of_positive - log_other * of_negative) / total - total.log()
+        coefficients = [top, 1.0 / total, total.log() + log_target + losses, total.log() + log_other + losses]
+    return losses.sum(), has_positive.sum(), torch.stack(coefficients, 1)
+
+
+def weigh(coefficients: Tensor, weight: Tensor, loss: int) -> Tensor:
+    """Coefficients such that the gradient of the rows' losses is `weight` times as large."""
+    weighed = {INFO_NCE: (1, 2), SDM: (1,), CMPM: (1,), TAL: (1, 3)}[loss]
+    return torch.stack([c * weight if f in weighed else c for f, c in enumerate(coefficients.unbind(1))], 1)
+
+
+def _logit_gradient(x: Tensor, positive: Tensor, coefficients: Tensor, loss: int) -> Tensor:
+    """dL/dx of rows from their coefficients (4, rows); for TAL tau dL/dx."""
+    c = [coefficient[:, None] for coefficient in coefficients]
+    if loss == TAL:
+        return (x - torch.where(positive, c[0], c[2])).exp() * torch.where(positive, c[1], c[3])
+    below = x - c[0]
+    if loss == INFO_NCE:
+        return below.exp() * c[1] - torch.where(positive, c[2], 0.0)
+    return below.exp() * c[1] * (below - torch.where(positive, c[2], c[3]))
+
+
+def similarity_gradients(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    logit_scale: Tensor,
+    image_coefficients: Tensor,
+    text_coefficients: Tensor,
+    loss: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a block contributes to the gradients of its images (B, d), of its texts (N, d) and of the logit scale ().
+
+    Args:
+        image, text, image_ids, text_ids, logit_scale, loss: as :func:`similarity_statistics`.
+        image_coefficients, text_coefficients: (4, B) and (4, N), weighed.
+    """
+    with torch.autocast(image.device.type, enabled=False), torch.enable_grad():
+        dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (image, text, logit_scale)]
+        positive = _positive(image_ids, text_ids)
+        x, y = _logits(leaves[0], leaves[1], leaves[2], loss)
+        of_x = _logit_gradient(x.detach(), positive, image_coefficients, loss)
+        of_y = _logit_gradient(y.detach(), positive.T, text_coefficients, loss)
+        if loss == TAL:
+            of_x, of_y = of_x / leaves[2].detach(), of_y / leaves[2].detach()
+        found = torch.autograd.grad([x, y], leaves, [of_x, of_y], allow_unused=True, materialize_grads=True)
+        return found[0], found[1], found[2]
