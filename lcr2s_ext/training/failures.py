@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lcr2s_ext._files import replacing
 from lcr2s_ext.data import PersonBatch
 from lcr2s_ext.ops import SupportIndex
+from lcr2s_ext.training import distributed
 
 __all__ = ["FAILED_BATCH_FILE", "BadStep", "FailedBatch", "FiniteWatch", "load_failed_batch", "save_failed_batch"]
 
@@ -70,7 +71,7 @@ class FiniteWatch:
         finite = torch.stack([record.values.isfinite().all() for record in self._records]).all()
         if parameters is not None:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            last.gradient = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
+            last.gradient = distributed.full(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")))
             finite &= last.gradient.isfinite()
         bad = (~finite).float()
         self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)

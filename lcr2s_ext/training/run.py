@@ -253,7 +253,18 @@ def train(
 
 
 # What may differ between a run and its continuation without changing a number, or (processes) none but by rounding.
-_FREE_KEYS = ("out", "devices", "nodes", "strategy", "progress", "loggers", "log_every", "data.workers", "data.cache", "data.root")
+_FREE_KEYS = (
+    "out",
+    "devices",
+    "nodes",
+    "strategy",
+    "progress",
+    "loggers",
+    "log_every",
+    "data.workers",
+    "data.cache",
+    "data.root",
+)
 
 
 def _open_run(config: TrainConfig, out: Path, resume: bool) -> None:
