@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lcr2s_ext._files import write_text
+
 PAD, UNKNOWN, BEGIN, END = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
 _SPECIAL = [PAD, UNKNOWN, BEGIN, END]
 
@@ -73,6 +75,11 @@ class CaptionTokenizer:
         tokenizer.enable_padding(pad_id=cls.pad_id, pad_token=PAD)
         return cls(tokenizer)
 
+    def special_tokens(self) -> dict[str, int]:
+        """Tokens that are no part of a sentence, and their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens; ids are below it."""
@@ -114,7 +121,7 @@ class CaptionTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the vocabulary and ``max_length`` as JSON."""
-        Path(path).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        write_text(path, self._tokenizer.to_str(pretty=True))
 
     @classmethod
     def load(cls, path: str | Path) -> CaptionTokenizer:

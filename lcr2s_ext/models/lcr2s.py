@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lcr2s_ext._files import replacing, write_text
 from lcr2s_ext.models.dual_encoder import Student, Teacher
 from lcr2s_ext.models.encoders import build_encoder, encoder_spec
 from lcr2s_ext.models.preprocess import ImageInput, images_to_tensor, normalize_images
@@ -331,9 +332,10 @@ class LCR2S(nn.Module):
         directory = Path(directory)
         config = self.config()
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         state = {name: value.detach().cpu().contiguous() for name, value in self.student.state_dict().items()}
-        save_file(state, str(directory / WEIGHTS_FILE))
+        with replacing(directory / WEIGHTS_FILE) as temporary:
+            save_file(state, str(temporary))
         if self.tokenizer is not None:
             self.tokenizer.save(directory / TOKENIZER_FILE)
         return directory

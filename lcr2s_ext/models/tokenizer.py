@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcr2s_ext._files import write_text
+
 __all__ = ["SavedTokenizer"]
 
 
@@ -64,6 +66,11 @@ class SavedTokenizer:
         made._max_length = max_length
         return made
 
+    def special_tokens(self) -> dict[str, int]:
+        """Tokens that are no part of a sentence, and their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
@@ -82,4 +89,4 @@ class SavedTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the same file again."""
-        Path(path).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        write_text(path, self._tokenizer.to_str(pretty=True))

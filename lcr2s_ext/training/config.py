@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lcr2s_ext._files import write_text
+
 __all__ = [
     "ConfigError",
     "DataConfig",
@@ -109,6 +111,14 @@ class LossConfig:
     align_weight: float = 1.0
     identity_weight: float = 1.0
     label_smoothing: float = 0.0
+    mlm_weight: float = 0.0
+    """Of masked language modelling with the image at hand (IRRA), on single features; 0 for none."""
+    mlm_fraction: float = 0.15
+    """Of a caption's words that are masked."""
+    mlm_layers: int = 4
+    mlm_heads: int = 8
+    mlm_width: int | None = None
+    """Of its head; unset takes the features' width."""
 
     @property
     def align_terms(self) -> dict[str, float]:
@@ -275,6 +285,8 @@ class TrainConfig:
             "data.identities": self.data.identities,
             "data.instances": self.data.instances,
             "data.bank_size": self.data.bank_size,
+            "loss.mlm_heads": self.loss.mlm_heads,
+            "loss.mlm_width": 1 if self.loss.mlm_width is None else self.loss.mlm_width,
             "data.vocab_size": self.data.vocab_size,
             "data.max_length": self.data.max_length,
             "teacher.epochs": self.teacher_epochs,
@@ -291,6 +303,8 @@ class TrainConfig:
             "loss.align_weight": self.loss.align_weight,
             "loss.identity_weight": self.loss.identity_weight,
             "loss.label_smoothing": self.loss.label_smoothing,
+            "loss.mlm_weight": self.loss.mlm_weight,
+            "loss.mlm_layers": self.loss.mlm_layers,
             "teacher.auxiliary_weight": self.teacher.auxiliary_weight,
             "distill.feature_weight": self.distill.feature_weight,
             "distill.relation_weight": self.distill.relation_weight,
@@ -320,6 +334,7 @@ class TrainConfig:
         probabilities = {
             "data.flip": self.data.flip,
             "data.erasing": self.data.erasing,
+            "loss.mlm_fraction": self.loss.mlm_fraction,
             "data.brightness": self.data.brightness,
             "data.contrast": self.data.contrast,
             "optim.warmup_factor": self.optim.warmup_factor,
@@ -333,6 +348,10 @@ class TrainConfig:
             raise ConfigError("optim.ema_decay: sharded weights are not averaged; expected 0 with strategy=fsdp")
         if self.compile_mode and not self.compile:
             raise ConfigError(f"compile_mode: needs a backend in compile, got {self.compile_mode!r} alone")
+        if self.loss.mlm_weight and self.optim.micro_batch:
+            raise ConfigError("loss.mlm_weight: tokens are not encoded in parts; expected 0 with optim.micro_batch")
+        if self.loss.mlm_weight and self.strategy == "fsdp":
+            raise ConfigError("loss.mlm_weight: tokens of sharded encoders are not read; expected 0 with strategy=fsdp")
         if self.optim.milestones and self.optim.schedule != "step":
             raise ConfigError(f"optim.milestones: need optim.schedule=step, got {self.optim.schedule}")
 
@@ -378,7 +397,7 @@ def dump_config(config: TrainConfig, path: str | Path) -> None:
     """Write the whole configuration, defaults included, as YAML."""
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def load_config(

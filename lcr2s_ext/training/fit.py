@@ -35,8 +35,9 @@ from lcr2s_ext.training.prepare import (
     weights_seed,
 )
 from lcr2s_ext.training.stages import OneStage, Stage, StudentStage, TeacherStage
+from lcr2s_ext.training.text_cache import check_frozen
 
-__all__ = ["StageResult", "check_support", "fit_one_stage", "fit_student", "fit_teacher"]
+__all__ = ["StageResult", "check_support", "check_text_cache", "fit_one_stage", "fit_student", "fit_teacher"]
 
 CHECKPOINT_FILE = "last.ckpt"
 REFRESH_STEPS = 10  # of the progress bar
@@ -76,7 +77,8 @@ class _Progress:
         # Rich asks after every batch, and reading the loss waits for the GPU.
         if hasattr(self, "shown") and trainer.global_step % REFRESH_STEPS:
             return self.shown
-        self.shown = shown = {}
+        shown: dict[str, int | str | float | dict[str, float]] = {}
+        self.shown = shown
         if stage.latest:
             shown["loss"] = f"{float(stage.latest['loss']):.3f}"
             usage = stage.usage()
@@ -240,6 +242,7 @@ def fit_student(
             model.student,
             make_augment(config, data),
             num_identities=data.splits["train"].num_identities,
+            tokenizer=data.tokenizer,
             teacher=teacher,
             epochs=config.epochs if epochs is None else epochs,
             steps_per_epoch=steps_per_epoch(config, loader),
@@ -280,6 +283,7 @@ def fit_teacher(
             teacher,
             make_augment(config, data),
             num_identities=data.splits["train"].num_identities,
+            tokenizer=data.tokenizer,
             auxiliary_weight=config.teacher.auxiliary_weight if start == "auxiliary" else 0.0,
             train_encoders=start != "frozen",
             epochs=config.teacher_epochs if epochs is None else epochs,
@@ -324,6 +328,7 @@ def fit_one_stage(
             model.student,
             make_augment(config, data),
             num_identities=data.splits["train"].num_identities,
+            tokenizer=data.tokenizer,
             teacher=teacher,
             auxiliary_weight=config.teacher.auxiliary_weight if config.teacher.start == "auxiliary" else 0.0,
             epochs=config.epochs,
@@ -344,6 +349,19 @@ def _student_metrics(config: TrainConfig, model: LCR2S, data: TrainingData) -> R
 
 def _evaluation(data: TrainingData, evaluate: Callable[[], Retrieval]) -> Callable[[], Retrieval] | None:
     return evaluate if data.has("val") else None
+
+
+def check_text_cache(config: TrainConfig, teacher: Teacher) -> None:
+    """ConfigError where ``data.text_cache`` is asked for and a stage of the method trains the text backbone."""
+    if config.data.text_cache:
+        names = ["model"]
+        if config.method == "lcr2s":
+            names.append("model.encoders")
+        elif config.method == "one_stage":
+            names.append("joint_teacher.encoders")
+        check_frozen(
+            teacher.encoders.text_encoder, [f"{name}.text_encoder" for name in names], config.optim.lr_multipliers
+        )
 
 
 def check_support(config: TrainConfig) -> None:

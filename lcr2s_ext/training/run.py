@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lcr2s_ext._files import replacing, write_text
 from lcr2s_ext.models import LCR2S, Teacher
 from lcr2s_ext.retrieval import Retrieval
 from lcr2s_ext.training import distributed
@@ -21,6 +22,7 @@ from lcr2s_ext.training.fit import (
     CHECKPOINT_FILE,
     StageResult,
     check_support,
+    check_text_cache,
     fit_one_stage,
     fit_student,
     fit_teacher,
@@ -70,6 +72,11 @@ def _plain(module: torch.nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
 
 
+def _save_weights(module: torch.nn.Module, path: Path) -> None:
+    with replacing(path) as temporary:
+        save_file(_plain(module), str(temporary))
+
+
 def _saved_stage(
     folder: Path | None, resume: bool, weights: Callable[[], torch.nn.Module], fit: Callable[[], StageResult]
 ) -> StageResult:
@@ -85,7 +92,7 @@ def _saved_stage(
     if folder is not None and distributed.first():
         folder.mkdir(parents=True, exist_ok=True)
         target = result.model.student if isinstance(result.model, LCR2S) else result.model
-        save_file(_plain(target), str(folder / STAGE_WEIGHTS))
+        _save_weights(target, folder / STAGE_WEIGHTS)
         record = {
             "name": result.name,
             "val": result.val,
@@ -94,7 +101,8 @@ def _saved_stage(
             "steps": result.steps,
             "seconds": result.seconds,
         }
-        (folder / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        # Last, for it says that the stage is done.
+        write_text(folder / STAGE_FILE, json.dumps(record, indent=2) + "\n")
     distributed.wait()
     return result
 
@@ -133,7 +141,7 @@ def train(
         config: of the run.
         data: prepared corpus; ``None`` reads it.
         resume: go on in ``config.out``: finished stages are read, the interrupted one continues from its last
-            epoch, with the numbers an uninterrupted run would have had.
+            checkpoint, with the numbers an uninterrupted run would have had.
         test: evaluate the test split at the end.
         say: called with one line of text at each milestone.
 
@@ -156,7 +164,7 @@ def train(
         steps_per_epoch(config, make_loader(config, data, "none"))
         if config.method != "plain":
             check_support(config)
-        make_teacher(config, data)
+        check_text_cache(config, make_teacher(config, data))
     distributed.check_same("data.root", _fingerprint(data))
     if out is not None and distributed.first():
         out.mkdir(parents=True, exist_ok=True)
@@ -196,7 +204,7 @@ def train(
             result, trained = fit_one_stage(config, data, out=folder, resume=resume)
             joint.update(trained.state_dict())
             if kept is not None and distributed.first():
-                save_file(_plain(trained), str(kept))
+                _save_weights(trained, kept)
             return result
 
         model = run_stage("one_stage", student, fit_both)
@@ -248,7 +256,7 @@ def train(
                 for name, stage in stages.items()
             },
         }
-        (out / RESULTS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(out / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
     return result
 
 
@@ -261,6 +269,7 @@ _FREE_KEYS = (
     "progress",
     "loggers",
     "log_every",
+    "checkpoint_every",
     "data.workers",
     "data.cache",
     "data.root",
