@@ -1,4 +1,4 @@
-"""Ranking beside what PyTorch offers, in one run: argsort of the score matrix, torch.compile, topk, kernel.
+"""Ranking beside other ways to compute it, in one run: argsort of the score matrix, torch.compile, peers, our kernels.
 
     python benchmarks/retrieval.py --queries 6156 --gallery 3074 --compile --csv results.csv
 
@@ -7,10 +7,13 @@ against float64 before its time is printed. Rounds are interleaved (side_by_side
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from side_by_side import DTYPES, Candidate, Settings, Work, checked, compare, our_backends, parse_arguments, report
+from peers import METRICS, TOP_K, forms, ranked_metrics
+from problem import Form, Part, Problem, add_arguments, chosen, our_forms, providers, run
+from side_by_side import DTYPES, Candidate, Work, parse_arguments
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -19,21 +22,16 @@ from lcr2s_ext.ops import retrieval_metrics, topk_similarity
 Metrics = Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]
 
 
+def scores(query: Tensor, gallery: Tensor) -> Tensor:
+    return normalize(query, dim=1) @ normalize(gallery, dim=1).T
+
+
 def argsort_form(query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> list[Tensor]:
     """R@1, R@5, R@10, mAP and mINP the way re-identification repositories compute them: sort, gather, cumulate."""
-    order = torch.argsort(normalize(query, dim=1) @ normalize(gallery, dim=1).T, dim=1, descending=True)
-    hits = gallery_ids[order] == query_ids[:, None]
-    hits = hits[hits.any(1)]
-    found = hits.cumsum(1)
-    recalls = [(found[:, k - 1] > 0).double().mean() for k in (1, 5, 10)]
-    rank = torch.arange(1, hits.shape[1] + 1, device=hits.device)
-    count = found[:, -1]
-    precision = (found / rank * hits).sum(1) / count
-    last = (hits * rank).amax(1)
-    return [*recalls, precision.double().mean(), (count / last).double().mean()]
+    return ranked_metrics(scores(query, gallery).argsort(dim=1, descending=True), query_ids, gallery_ids)
 
 
-def our_form(backend: str) -> Metrics:
+def our_metrics(backend: str) -> Metrics:
     def form(query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> list[Tensor]:
         metrics = retrieval_metrics(query, gallery, query_ids, gallery_ids, backend=backend)
         keys = ("R@1", "R@5", "R@10", "mAP", "mINP")
@@ -42,79 +40,89 @@ def our_form(backend: str) -> Metrics:
     return form
 
 
-def measure_metrics(
-    query: Tensor, gallery: Tensor, ids: tuple[Tensor, Tensor], dtype: str, settings: Settings
-) -> list[dict[str, object]]:
-    forms: dict[str, Metrics | str] = {"argsort": argsort_form}
-    if settings.compile:
-        forms["argsort, compiled"] = torch.compile(argsort_form)
-    for backend, reason in our_backends("retrieval_metrics", settings.device).items():
-        forms[f"lcr2s_ext {backend}"] = reason or our_form(backend)
+def described(op: str, query: Tensor, gallery: Tensor, dtype: str, detail: str = "") -> tuple[str, dict[str, object]]:
+    """Title and columns of the results file."""
+    shape: dict[str, object] = {"op": op, "rows": len(query), "columns": len(gallery), "width": query.shape[1]}
+    shape |= {"detail": detail, "dtype": dtype}
+    return f"{op}: {len(query)} x {len(gallery)}, d = {query.shape[1]}, {detail and detail + ', '}{dtype}", shape
+
+
+def setup_metrics(query: Tensor, gallery: Tensor, ids: tuple[Tensor, Tensor], dtype: str, wanted: set[str]) -> Problem:
+    """Metrics of the gallery's ranking; `ids` are the identities of query and gallery."""
+    found = {"argsort": Form("eager", argsort_form)}
+    found |= our_forms("retrieval_metrics", query.device, our_metrics)
+    if "peers" in wanted:
+        found |= forms(METRICS, query.device, dtype)
+
+    def product(query: Tensor, gallery: Tensor, *_: Tensor) -> list[None]:
+        torch.mm(query, gallery.T)
+        return [None] * 5
+
+    measured = chosen(found, wanted)
+    if "eager" in wanted:
+        measured["the product alone"] = Form("eager", product, "no metric: what every ranking pays for at least")
     exact = argsort_form(query.double(), gallery.double(), *ids)
-    found: dict[str, Candidate | str] = {
-        name: form if isinstance(form, str) else (lambda form=form: form(query, gallery, *ids))
-        for name, form in forms.items()
-    }
+    work = Work(flops=2 * len(query) * gallery.numel())
+    title, shape = described("retrieval_metrics", query, gallery, dtype)
     # A pair of scores closer than the dtype's rounding may swap.
-    found = checked(found, exact, 2e-3 if dtype == "float32" else 2e-2, "metrics")
-    # What every ranking pays for at least.
-    found["the product alone"] = lambda: [query @ gallery.T]
-    return compare(found, settings, dtype, Work(flops=2 * query.shape[0] * gallery.numel()))
+    tolerance = 2e-3 if dtype == "float32" else 2e-2
+
+    def candidate(form: Callable[..., list[Tensor]]) -> Candidate:
+        return lambda: form(query, gallery, *ids)
+
+    return Problem(title, shape, tolerance, measured, {"forward": Part(candidate, exact, work)})
 
 
-def measure_topk(query: Tensor, gallery: Tensor, dtype: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    settings: Settings = args.settings
+def setup_topk(query: Tensor, gallery: Tensor, k: int, dtype: str, wanted: set[str]) -> Problem:
+    """Scores of the k nearest gallery rows."""
 
     def eager(query: Tensor, gallery: Tensor) -> Tensor:
-        return (normalize(query, dim=1) @ normalize(gallery, dim=1).T).topk(args.k).values
+        return scores(query, gallery).topk(k).values
 
+    def ours(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda q, g: topk_similarity(q, g, k, backend=backend)[0]
+
+    found = {"product + topk": Form("eager", eager)}
+    found |= our_forms("topk_similarity", query.device, ours)
+    if "peers" in wanted:
+        found |= forms(TOP_K, query.device, dtype, k)
     exact = [eager(query.double(), gallery.double())]
-    forms: dict[str, Callable[[Tensor, Tensor], Tensor] | str] = {"product + topk": eager}
-    if settings.compile:
-        forms["product + topk, compiled"] = torch.compile(eager)
-    for backend, reason in our_backends("topk_similarity", settings.device).items():
-        forms[f"lcr2s_ext {backend}"] = reason or (
-            lambda q, g, backend=backend: topk_similarity(q, g, args.k, backend=backend)[0]
-        )
-    found: dict[str, Candidate | str] = {
-        name: form if isinstance(form, str) else (lambda form=form: [form(query, gallery)])
-        for name, form in forms.items()
-    }
-    found = checked(found, exact, 1e-5 if dtype == "float32" else 1e-2, "top-k")
-    return compare(found, settings, dtype, Work(flops=2 * query.shape[0] * gallery.numel()))
+    work = Work(flops=2 * len(query) * gallery.numel())
+    title, shape = described("topk_similarity", query, gallery, dtype, f"k = {k}")
+
+    def candidate(form: Callable[..., Tensor]) -> Candidate:
+        return lambda: [form(query, gallery)]
+
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    return Problem(title, shape, tolerance, chosen(found, wanted), {"forward": Part(candidate, exact, work)})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", choices=["metrics", "topk"], nargs="+", default=["metrics", "topk"])
-    parser.add_argument("--queries", type=int, default=6156)
-    parser.add_argument("--gallery", type=int, default=3074)
+    parser.add_argument("--queries", type=int, nargs="+", default=[6156])
+    parser.add_argument("--gallery", type=int, nargs="+", default=[3074])
     parser.add_argument("--identities", type=int, default=1000)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--width", type=int, nargs="+", default=[512])
+    parser.add_argument("--k", type=int, nargs="+", default=[10])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
+    add_arguments(parser)
     args = parse_arguments(parser, arguments)
-    settings: Settings = args.settings
-    generator = torch.Generator().manual_seed(0)
-    query_ids = torch.arange(args.queries) * args.identities // args.queries
-    gallery_ids = torch.arange(args.gallery) * args.identities // args.gallery
-    centres = torch.randn(args.identities, args.width, generator=generator)
-    features = [centres[i] + 4 * torch.randn(len(i), args.width, generator=generator) for i in (query_ids, gallery_ids)]
-    ids = (query_ids.to(settings.device), gallery_ids.to(settings.device))
-    title = f"{args.queries} x {args.gallery}, d = {args.width}"
-    shape = {"part": "forward", "rows": args.queries, "columns": args.gallery, "width": args.width}
-    for dtype in args.dtype:
-        query, gallery = (x.to(settings.device, getattr(torch, dtype)) for x in features)
+    wanted, device = providers(args), args.settings.device
+    for dtype, width, rows, columns in itertools.product(args.dtype, args.width, args.queries, args.gallery):
+        generator = torch.Generator().manual_seed(0)
+        ids = [torch.arange(count) * args.identities // count for count in (rows, columns)]
+        centres = torch.randn(args.identities, width, generator=generator)
+        query, gallery = (
+            (centres[own] + 4 * torch.randn(len(own), width, generator=generator)).to(device, getattr(torch, dtype))
+            for own in ids
+        )
         if "metrics" in args.op:
-            rows = measure_metrics(query, gallery, ids, dtype, settings)
-            named = [{"op": "retrieval_metrics", **shape, "dtype": dtype, **row} for row in rows]
-            report(f"metrics: {title}, {dtype}", named, settings)
+            query_ids, gallery_ids = (own.to(device) for own in ids)
+            run(setup_metrics(query, gallery, (query_ids, gallery_ids), dtype, wanted), args.settings)
         if "topk" in args.op:
-            rows = measure_topk(query, gallery, dtype, args)
-            named = [
-                {"op": "topk_similarity", **shape, "detail": f"k = {args.k}", "dtype": dtype, **row} for row in rows
-            ]
-            report(f"top-{args.k}: {title}, {dtype}", named, settings)
+            for k in args.k:
+                run(setup_topk(query, gallery, k, dtype, wanted), args.settings)
 
 
 if __name__ == "__main__":

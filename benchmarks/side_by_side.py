@@ -47,6 +47,10 @@ PEERS = (
 """Packages whose versions are written beside every figure, where they are installed."""
 
 
+LONGEST = 20.0
+"""Seconds after which a candidate runs in no further round."""
+
+
 class Work(NamedTuple):
     """What an operation must do at least: arithmetic in the inputs' dtype, and bytes moved once."""
 
@@ -387,6 +391,8 @@ def compare(
     on_device: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(settings.rounds):
         for name, candidate in running.items():
+            if settings.turns is None and sum(wall[name]) > LONGEST:
+                continue
             if settings.turns is not None:
                 settings.turns.wait()
             _synchronize(device)
@@ -406,6 +412,8 @@ def compare(
     for name in candidates:
         row: dict[str, object] = {"candidate": name, "note": notes.get(name, "")}
         if name in running:
+            if len(wall[name]) < settings.rounds:
+                row["note"] = "; ".join(filter(None, (notes.get(name, ""), f"{len(wall[name])} of the rounds")))
             low, middle, high = _quantiles(wall[name])
             row |= {"ms_p20": round(low, 4), "ms": round(middle, 4), "ms_p80": round(high, 4)}
             row["peak_mib"] = round(memory[name], 1)
@@ -430,15 +438,16 @@ def report(title: str, rows: list[dict[str, object]], settings: Settings) -> Non
         settings.turns.report(title, rows)
         return
     print(f"\n{title}")
-    print(f"{'':26}{'wall ms [p20, p80]':>34}{'ratio':>9}{on_device:>11}{'of limit':>10}{'peak MiB':>11}")
+    names = max(26, *(len(str(row["candidate"])) + 2 for row in rows))
+    print(f"{'':{names}}{'wall ms [p20, p80]':>34}{'ratio':>9}{on_device:>11}{'of limit':>10}{'peak MiB':>11}")
     for row in rows:
         if "ms" not in row:
-            print(f"{row['candidate']:26}  {row['note']}")
+            print(f"{row['candidate']:{names}}  {row['note']}")
             continue
         spread = f"{row['ms']:.3f} [{row['ms_p20']:.3f}, {row['ms_p80']:.3f}]"
         second = row.get("device_ms", row.get("cpu_ms", ""))
         print(
-            f"{row['candidate']:26}{spread:>34}{row.get('ratio', ''):>8}x{second:>11}"
+            f"{row['candidate']:{names}}{spread:>34}{row.get('ratio', ''):>8}x{second:>11}"
             f"{row.get('share_of_limit', ''):>10}{row['peak_mib']:>11}  {row['note']}",
             flush=True,
         )

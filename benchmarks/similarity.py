@@ -1,4 +1,4 @@
-"""Similarity losses beside eager PyTorch, in one run: forward + backward time and the memory above the inputs.
+"""Similarity losses beside other ways to compute them, in one run: eager, torch.compile, peers, our kernels.
 
     python benchmarks/similarity.py --batch 1024 4096 --loss sdm info_nce --compile --csv results.csv
 
@@ -7,11 +7,14 @@ float64 before its time is printed. Rounds are interleaved (side_by_side.compare
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from side_by_side import DTYPES, Candidate, Settings, Work, checked, compare, our_backends, parse_arguments, report
+from peers import INFO_NCE, SDM, forms
+from problem import Form, Problem, add_arguments, chosen, differentiable, our_forms, providers, run
+from side_by_side import DTYPES, Work, parse_arguments
 from torch import Tensor
 
 from lcr2s_ext.ops import cmpm_loss, info_nce_loss, sdm_loss, tal_loss
@@ -33,20 +36,11 @@ def eager_sdm(image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
     return total
 
 
-def eager_info_nce(image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
+def eager_info_nce(image: Tensor, text: Tensor) -> Tensor:
     """CLIP's loss."""
     logits = SCALE * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
     diagonal = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
-
-
-def eager_form(loss: str, ids: Tensor) -> Loss:
-    if loss == "sdm":
-        return lambda v, t: eager_sdm(v, t, ids)
-    if loss == "info_nce":
-        return lambda v, t: eager_info_nce(v, t, ids)
-    function = cmpm_loss if loss == "cmpm" else tal_loss
-    return lambda v, t: function(v, t, ids, backend="reference")
 
 
 def our_form(loss: str, ids: Tensor, backend: str) -> Loss:
@@ -58,43 +52,34 @@ def our_form(loss: str, ids: Tensor, backend: str) -> Loss:
     return lambda v, t: function(v, t, ids, backend=backend)
 
 
-def candidates(loss: str, ids: Tensor, settings: Settings) -> dict[str, Loss | str]:
-    found: dict[str, Loss | str] = {"eager": eager_form(loss, ids)}
-    if settings.compile:
-        found["torch.compile"] = torch.compile(eager_form(loss, ids), fullgraph=True, dynamic=False)
-    for backend, reason in our_backends(loss, settings.device).items():
-        found[f"lcr2s_ext {backend}"] = reason or our_form(loss, ids, backend)
-    return found
-
-
-def forward_backward(loss: Loss, inputs: list[Tensor]) -> list[Tensor]:
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    value = loss(*leaves)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
-
-
-def measure(loss: str, batch: int, dtype: str, args: argparse.Namespace) -> None:
-    settings: Settings = args.settings
+def setup(loss: str, batch: int, width: int, dtype: str, device: torch.device, wanted: set[str]) -> Problem:
+    """`batch` pairs of rows of `width`, about four of every identity."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, max(batch // 4, 1), (batch,), generator=generator)
-    centres = torch.randn(int(ids.max()) + 1, args.width, generator=generator)
+    centres = torch.randn(int(ids.max()) + 1, width, generator=generator)
     # Identities overlap as they do early in training; norms near 3.
-    noise = [torch.randn(batch, args.width, generator=generator) for _ in range(2)]
-    inputs = [
-        ((centres[ids] + 3 * sample) / args.width**0.5).to(settings.device, getattr(torch, dtype)) for sample in noise
-    ]
-    ids = ids.to(settings.device)
-    exact = forward_backward(eager_form(loss, ids), [tensor.double() for tensor in inputs])
-    found: dict[str, Candidate | str] = {
-        name: function if isinstance(function, str) else (lambda function=function: forward_backward(function, inputs))
-        for name, function in candidates(loss, ids, settings).items()
-    }
-    title = f"{loss}: B = N = {batch}, d = {args.width}, {dtype}"
-    found = checked(found, exact, 1e-3 if dtype == "float32" else 4e-2, title)
-    # The cosines twice (statistics, then gradients) and two gradient products.
-    rows = compare(found, settings, dtype, Work(flops=4 * 2 * batch * batch * args.width))
-    shape = {"op": loss, "part": "forward + backward", "rows": batch, "columns": batch, "width": args.width}
-    report(title, [{**shape, "dtype": dtype, **row} for row in rows], settings)
+    noise = [torch.randn(batch, width, generator=generator) for _ in range(2)]
+    inputs = [((centres[ids] + 3 * sample) / width**0.5).to(device, getattr(torch, dtype)) for sample in noise]
+    ids = ids.to(device)
+    found: dict[str, Form] = {}
+    if loss == "sdm":
+        found["eager"] = Form("eager", lambda v, t: eager_sdm(v, t, ids))
+    elif loss == "info_nce":
+        found["eager"] = Form("eager", eager_info_nce)
+    found |= our_forms(loss, device, lambda backend: our_form(loss, ids, backend))
+    if "peers" in wanted:
+        found |= forms({"sdm": SDM, "info_nce": INFO_NCE}.get(loss, {}), device, dtype, SCALE, batch)
+    product = 2 * batch * batch * width
+    parts = differentiable(
+        our_form(loss, ids, "reference"),
+        inputs,
+        forward=Work(flops=product),
+        # The cosines twice (statistics, then gradients) and two gradient products.
+        forward_backward=Work(flops=4 * product),
+    )
+    shape: dict[str, object] = {"op": loss, "rows": batch, "columns": batch, "width": width, "dtype": dtype}
+    title = f"{loss}: B = N = {batch}, d = {width}, {dtype}"
+    return Problem(title, shape, 1e-3 if dtype == "float32" else 4e-2, chosen(found, wanted), parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,13 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     losses = ["sdm", "info_nce", "cmpm", "tal"]
     parser.add_argument("--loss", nargs="+", choices=losses, default=losses)
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 4096], help="rows of each side")
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--width", type=int, nargs="+", default=[512])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
+    add_arguments(parser)
     args = parse_arguments(parser, arguments)
-    for dtype in args.dtype:
-        for batch in args.batch:
-            for loss in args.loss:
-                measure(loss, batch, dtype, args)
+    wanted = providers(args)
+    for dtype, width, batch, loss in itertools.product(args.dtype, args.width, args.batch, args.loss):
+        run(setup(loss, batch, width, dtype, args.settings.device, wanted), args.settings)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_every_family_writes_the_same_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results.csv"
-    shared = ["--rounds", "1", "--csv", str(file)]
+    shared = ["--rounds", "1", "--provider", "eager", "cpu", "--csv", str(file)]
     tiny = {
         "support_attention": ["--batch", "9", "--width", "32", "--heads", "2", "--dtype", "float32", "bfloat16"],
         "similarity": ["--batch", "24", "--width", "16"],
