@@ -438,7 +438,7 @@ def report(title: str, rows: list[dict[str, object]], settings: Settings) -> Non
         settings.turns.report(title, rows)
         return
     print(f"\n{title}")
-    names = max(26, *(len(str(row["candidate"])) + 2 for row in rows))
+    names = max([26, *(len(str(row["candidate"])) + 2 for row in rows)])
     print(f"{'':{names}}{'wall ms [p20, p80]':>34}{'ratio':>9}{on_device:>11}{'of limit':>10}{'peak MiB':>11}")
     for row in rows:
         if "ms" not in row:
