@@ -44,17 +44,21 @@ def operator(body: Operator, *, opaque: bool = INTERPRETED) -> Operator:
 
 
 AUTOTUNE = os.environ.get("LCR2S_TRITON_AUTOTUNE") == "1"
-"""Time how many pipeline stages suit the losses' matrix kernels, once for each width, and keep the choice on disk."""
+"""Time how many pipeline stages suit the losses' matrix kernels, once for each of TUNED_BY; keep the choice on disk."""
 
 STAGES = (2, 3, 4)
 """What is tried: fewer stages leave room for more programs, more hide longer loads. Stages move no bit of a result;
 tile sizes and warps would, for sums are cut by them, and stay fixed."""
 
+TUNED_BY = ("padded_width", "KIND", "LOADS", "PRECISION")
+"""Arguments of a kernel that get a choice of their own, beside the dtypes of its tensors."""
+
 
 @functools.cache
 def _tuned(kernel: Any, warps: int) -> Any:
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for stages in STAGES]
-    return triton.autotune(configs, key=["padded_width"], cache_results=True)(kernel)
+    key = [name for name in TUNED_BY if name in kernel.arg_names]
+    return triton.autotune(configs, key=key, cache_results=True)(kernel)
 
 
 class _Tunable:

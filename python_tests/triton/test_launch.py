@@ -69,7 +69,7 @@ def test_autotuning_tries_stages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "[(8, 2, {}), (8, 3, {}), (8, 4, {})] True",
-        "['padded_width'] ((7,), (1,), {})",
+        "['padded_width', 'KIND', 'LOADS', 'PRECISION'] ((7,), (1,), {})",
         "True {'KEPT': True, 'num_warps': 8, 'num_stages': 3}",
         "True {'num_warps': 8, 'num_stages': 3}",
     ]
