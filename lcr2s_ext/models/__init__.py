@@ -4,6 +4,7 @@ from lcr2s_ext.models.dual_encoder import DualEncoder, Student, Teacher, Teacher
 from lcr2s_ext.models.encoders import (
     TinyImageEncoder,
     TinyTextEncoder,
+    TokenFeatures,
     build_encoder,
     encoder_spec,
     register_encoder,
@@ -39,6 +40,7 @@ __all__ = [
     "TeacherFeatures",
     "TinyImageEncoder",
     "TinyTextEncoder",
+    "TokenFeatures",
     "build_encoder",
     "encoder_spec",
     "images_to_tensor",

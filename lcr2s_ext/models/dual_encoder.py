@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lcr2s_ext import ops
+from lcr2s_ext.models.encoders import TokenFeatures
 from lcr2s_ext.nn import SupportSetFusion
 
 __all__ = ["DualEncoder", "Student", "Teacher", "TeacherFeatures"]
@@ -56,6 +57,12 @@ class DualEncoder(nn.Module):
         """
         encoded = self.text_encoder(tokens) if hidden is None else self.text_encoder(tokens, hidden)
         return self.text_projection(encoded)
+
+    def image_token_features(self, images: Tensor) -> TokenFeatures:
+        """:meth:`image_features` with the patches they are made of; for image encoders with ``token_features``."""
+        encoder: Any = self.image_encoder
+        made: TokenFeatures = encoder.token_features(images)
+        return made._replace(pooled=self.image_projection(made.pooled))
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """``((B, d), (N, d))`` features of ``(B, 3, H, W)`` images and ``(N, L)`` tokens."""

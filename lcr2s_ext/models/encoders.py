@@ -6,21 +6,52 @@ floats to
 saved by
 ``LCR2S.save_pretrained`` its class is registered by :func:`register_encoder` and has a JSON-able ``config`` of its
 keyword arguments.
+
+An encoder may have ``token_features``, same arguments, to :class:`TokenFeatures`, and an int ``token_width``: the
+masked language head reads them. A text encoder then states its ``vocab_size`` too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["TinyImageEncoder", "TinyTextEncoder", "build_encoder", "encoder_spec", "register_encoder"]
+__all__ = [
+    "TinyImageEncoder",
+    "TinyTextEncoder",
+    "TokenFeatures",
+    "build_encoder",
+    "encoder_spec",
+    "register_encoder",
+]
 
 _ENCODERS: dict[str, type[nn.Module]] = {}
+
+
+class TokenFeatures(NamedTuple):
+    """An encoder's feature and what it is made of.
+
+    Attributes:
+        pooled: ``(B, output_width)``, what the encoder's ``forward`` gives.
+        tokens: ``(B, n, token_width)``: patches or cells of an image, tokens of a caption; ``n`` may be less than the
+            length of the input where the rest is padding in every row.
+        mask: bool ``(B, n)``, False for padding.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+def map_tokens(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and mask of ``(B, C, y, x)`` feature maps, a token a cell."""
+    tokens = rearrange(maps, "b c y x -> b (y x) c")
+    return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def register_encoder(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
@@ -132,14 +163,24 @@ class TinyImageEncoder(nn.Module):
         self.features = nn.Sequential(*layers)
         self.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dropout = _Dropout(dropout)
+        self.token_width = int(widths[-1])
         self.projection = nn.Linear(self.grid[0] * self.grid[1] * widths[-1], output_width)
+
+    def _maps(self, images: Tensor) -> Tensor:
+        maps = self.features(images.contiguous(memory_format=torch.channels_last))
+        return maps if maps.shape[-2:] == self.grid else F.adaptive_avg_pool2d(maps, self.grid)
+
+    def _pool(self, maps: Tensor) -> Tensor:
+        return self.projection(self.dropout(rearrange(maps, "b c y x -> b (y x c)")))
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised floats to ``(B, output_width)``; any H and W of at least one patch."""
-        maps = self.features(images.contiguous(memory_format=torch.channels_last))
-        if maps.shape[-2:] != self.grid:
-            maps = F.adaptive_avg_pool2d(maps, self.grid)
-        return self.projection(self.dropout(rearrange(maps, "b c y x -> b (y x c)")))
+        return self._pool(self._maps(images))
+
+    def token_features(self, images: Tensor) -> TokenFeatures:
+        """The same with the cells of the grid."""
+        maps = self._maps(images)
+        return TokenFeatures(self._pool(maps), *map_tokens(maps))
 
 
 class _WindowBlock(nn.Module):
@@ -236,6 +277,7 @@ class TinyTextEncoder(nn.Module):
         self.output_width = output_width
         self.vocab_size = vocab_size
         self.max_length = max_length
+        self.token_width = width
         self.pool = pool
         self.tokens = nn.Embedding(vocab_size, width, padding_idx=0)
         self.positions = nn.Parameter(torch.empty(max_length, width))
@@ -250,6 +292,10 @@ class TinyTextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``(B, L)`` int64 tokens, 0 is padding, L at most ``max_length``, to ``(B, output_width)``."""
+        return self.token_features(tokens).pooled
+
+    def token_features(self, tokens: Tensor) -> TokenFeatures:
+        """The same with the last block's tokens."""
         if tokens.dim() != 2 or tokens.shape[1] > self.max_length:
             raise ValueError(f"tokens: expected shape (B, L <= {self.max_length}), got {tuple(tokens.shape)}")
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
@@ -268,4 +314,4 @@ class TinyTextEncoder(nn.Module):
         else:
             weight = mask.to(x.dtype)
             pooled = torch.einsum("bld,bl->bd", x, weight / weight.sum(1, keepdim=True))
-        return self.projection(pooled)
+        return TokenFeatures(self.projection(pooled), x, mask)

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcr2s_ext.models.encoders import register_encoder
+from lcr2s_ext.models.encoders import TokenFeatures, map_tokens, register_encoder
 
 __all__ = [
     "BertTextCNN",
@@ -156,8 +156,20 @@ class ResNetImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised floats to ``(B, output_width)``."""
-        maps = self.model(images).last_hidden_state
+        return self._pool(self.model(images).last_hidden_state)
+
+    def _pool(self, maps: Tensor) -> Tensor:
         return maps.amax((2, 3)) if self.pool == "max" else maps.mean((2, 3))
+
+    @property
+    def token_width(self) -> int:
+        """Channels of the last map."""
+        return self.output_width
+
+    def token_features(self, images: Tensor) -> TokenFeatures:
+        """The same with the cells of the last map."""
+        maps = self.model(images).last_hidden_state
+        return TokenFeatures(self._pool(maps), *map_tokens(maps))
 
 
 @register_encoder("clip_image")
@@ -181,12 +193,20 @@ class ClipImageEncoder(nn.Module):
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.model = CLIPVisionModelWithProjection(vision)
         _replace_positions(self.model, _grid(self.image_size, vision.patch_size))
-        self.output_width = int(vision.projection_dim)
+        self.output_width = self.token_width = int(vision.projection_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised floats to ``(B, projection_dim)``."""
         _check_images(images, self.image_size)
         return self.model(pixel_values=images).image_embeds
+
+    def token_features(self, images: Tensor) -> TokenFeatures:
+        """The same with the class token and the patches, normalised and projected as the class token is."""
+        _check_images(images, self.image_size)
+        made = self.model(pixel_values=images)
+        model: Any = self.model
+        norm = next(module for name, module in model.named_modules() if name.endswith("post_layernorm"))
+        return _with_mask(made.image_embeds, model.visual_projection(norm(made.last_hidden_state)))
 
 
 @register_encoder("siglip_image")
@@ -209,12 +229,18 @@ class SiglipImageEncoder(nn.Module):
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.model = SiglipVisionModel(vision)
         _replace_positions(self.model, _grid(self.image_size, vision.patch_size))
-        self.output_width = int(vision.hidden_size)
+        self.output_width = self.token_width = int(vision.hidden_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised floats to ``(B, hidden_size)``."""
         _check_images(images, self.image_size)
         return self.model(pixel_values=images).pooler_output
+
+    def token_features(self, images: Tensor) -> TokenFeatures:
+        """The same with the patches that the attention pool reads."""
+        _check_images(images, self.image_size)
+        made = self.model(pixel_values=images)
+        return _with_mask(made.pooler_output, made.last_hidden_state)
 
 
 @register_encoder("clip_text")
@@ -232,7 +258,7 @@ class ClipTextEncoder(nn.Module):
         self.config = {"architecture": dict(architecture or {})}
         text: Any = CLIPTextConfig(**self.config["architecture"])
         self.model = CLIPTextModelWithProjection(text)
-        self.output_width = int(text.projection_dim)
+        self.output_width = self.token_width = int(text.projection_dim)
         self.vocab_size = int(text.vocab_size)
         self.max_length = int(text.max_position_embeddings)
 
@@ -247,6 +273,13 @@ class ClipTextEncoder(nn.Module):
         ``hidden``, the backbone's output for these tokens, saves its computation.
         """
         return self.backbone(tokens) if hidden is None else hidden
+
+    def token_features(self, tokens: Tensor) -> TokenFeatures:
+        """The same with all tokens, projected as the end-of-text token is."""
+        _check_tokens(tokens, self.max_length)
+        made = self.model(input_ids=tokens)
+        model: Any = self.model
+        return TokenFeatures(made.text_embeds, model.text_projection(made.last_hidden_state), _text_mask(tokens))
 
 
 @register_encoder("siglip_text")
@@ -266,6 +299,7 @@ class SiglipTextEncoder(nn.Module):
         text: Any = SiglipTextConfig(**self.config["architecture"])  # type: ignore[arg-type]
         self.model = SiglipTextModel(text)
         self.output_width = int(text.projection_size)
+        self.token_width = int(text.hidden_size)
         self.vocab_size = int(text.vocab_size)
         self.max_length = int(text.max_position_embeddings)
         self.pad_id = pad_id
@@ -279,12 +313,26 @@ class SiglipTextEncoder(nn.Module):
 
     def backbone(self, tokens: Tensor) -> Tensor:
         """What the pretrained part, here all of it, makes of ``(B, L)`` tokens."""
+        return self.model(input_ids=self._padded(tokens)).pooler_output
+
+    def token_features(self, tokens: Tensor) -> TokenFeatures:
+        """The same with all tokens, before the projection."""
+        made = self.model(input_ids=self._padded(tokens))
+        length = tokens.shape[1]
+        return TokenFeatures(made.pooler_output, made.last_hidden_state[:, :length], _text_mask(tokens))
+
+    def _padded(self, tokens: Tensor) -> Tensor:
         _check_tokens(tokens, self.max_length)
         tokens = F.pad(tokens, (0, self.max_length - tokens.shape[1]))
         # Rows end where the padding begins: a 0 before that is a token like any other.
         length = ((tokens != 0).long() * torch.arange(1, self.max_length + 1, device=tokens.device)).amax(1)
         beyond = torch.arange(self.max_length, device=tokens.device) >= length[:, None]
-        return self.model(input_ids=tokens.masked_fill(beyond, self.pad_id)).pooler_output
+        return tokens.masked_fill(beyond, self.pad_id)
+
+
+def _with_mask(pooled: Tensor, tokens: Tensor) -> TokenFeatures:
+    """Where no token is padding."""
+    return TokenFeatures(pooled, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 
 
 def _text_mask(tokens: Tensor) -> Tensor:
@@ -365,7 +413,7 @@ class BertTextCNN(nn.Module):
             self.model.eval()
         self.vocab_size = int(bert.vocab_size)
         self.max_length = max_length
-        self.output_width = output_width
+        self.output_width = self.token_width = output_width
         self.head = nn.Sequential(
             nn.Conv1d(bert.hidden_size, width, 1, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)
         )
@@ -392,6 +440,13 @@ class BertTextCNN(nn.Module):
 
         ``hidden``, the backbone's output for these tokens, saves its computation.
         """
+        return self._encode(tokens, hidden).pooled
+
+    def token_features(self, tokens: Tensor) -> TokenFeatures:
+        """The same with the tokens that the maximum is taken over."""
+        return self._encode(tokens, None)
+
+    def _encode(self, tokens: Tensor, hidden: Tensor | None) -> TokenFeatures:
         if hidden is None:
             hidden = self.backbone(tokens)
         kept = _text_mask(tokens)[:, None]
@@ -399,7 +454,8 @@ class BertTextCNN(nn.Module):
         for block in self.blocks:
             # Padding is zeroed: what a caption's tokens see does not depend on the length of other captions.
             x = block(x) * kept
-        return x.masked_fill(~kept, torch.finfo(x.dtype).min).amax(2)
+        pooled = x.masked_fill(~kept, torch.finfo(x.dtype).min).amax(2)
+        return TokenFeatures(pooled, x.transpose(1, 2), kept[:, 0])
 
 
 _KINDS: dict[str, tuple[type[nn.Module], str, str | None]] = {

@@ -13,6 +13,7 @@ from lcr2s_ext.nn.losses import (
     TALLoss,
     make_alignment_loss,
 )
+from lcr2s_ext.nn.mlm import MaskedLanguageHead
 
 __all__ = [
     "ALIGNMENT_LOSSES",
@@ -20,6 +21,7 @@ __all__ = [
     "FeatureDistillationLoss",
     "IdentityLoss",
     "InfoNCELoss",
+    "MaskedLanguageHead",
     "RelationFrobeniusLoss",
     "RelationKLLoss",
     "SDMLoss",

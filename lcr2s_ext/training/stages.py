@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lcr2s_ext.data import PersonBatch
-from lcr2s_ext.models import DualEncoder, Student, Teacher, TeacherFeatures
+from lcr2s_ext.models import DualEncoder, Student, Teacher, TeacherFeatures, TokenFeatures
 from lcr2s_ext.nn import (
     FeatureDistillationLoss,
     IdentityLoss,
@@ -32,6 +32,7 @@ from lcr2s_ext.training.config import DistillConfig, LossConfig, OptimConfig, Tr
 from lcr2s_ext.training.ema import WeightAverage
 from lcr2s_ext.training.failures import FAILED_BATCH_FILE, BadStep, FailedBatch, FiniteWatch, save_failed_batch
 from lcr2s_ext.training.feature_bank import FeatureBank
+from lcr2s_ext.training.mlm import MaskedLanguageModel
 from lcr2s_ext.training.text_cache import TextCache, check_frozen, make_text_cache
 
 __all__ = [
@@ -49,7 +50,7 @@ __all__ = [
 _MASK = (1 << 64) - 1
 
 # Words in the names of parameters that not every stage has.
-_SOME_STAGES = ("fusion", "distillation", "identity", "align", "auxiliary")
+_SOME_STAGES = ("fusion", "distillation", "identity", "align", "auxiliary", "mlm")
 
 
 class TrainingError(RuntimeError):
@@ -241,6 +242,7 @@ class Stage(pl.LightningModule):
         self.latest: dict[str, Tensor] = {}
         self.folder: Path | None = None
         self.bank: FeatureBank | None = None
+        self.mlm: MaskedLanguageModel | None = None
         self._watch = FiniteWatch()
         self._averages: list[WeightAverage] = []
         self._saved_averages: list[dict[str, Any]] = []
@@ -277,18 +279,41 @@ class Stage(pl.LightningModule):
         With ``optim.micro_batch`` that many rows are encoded at a time, with a text cache the tokens' backbone is not
         run.
         """
-        images = images[:rows]
+        return self._encode_images(encoders, images[:rows]), self._encode_texts(encoders, batch, rows, images.device)
+
+    def encode_trained(
+        self, encoders: DualEncoder, images: Tensor, batch: PersonBatch, rows: int | None = None
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+        """As :meth:`encode`, and the masked language term of the anchors where these encoders have one."""
+        if self.mlm is None:
+            return self.encode(encoders, images, batch, rows), {}
+        image = encoders.image_token_features(self._in_format(images[:rows]))
+        text = self._encode_texts(encoders, batch, rows, images.device)
+        count = len(batch.labels)
+        anchors = TokenFeatures(*(part[:count] for part in image))
+        term = self.mlm(encoders, anchors, batch.tokens[:count], batch.samples, batch.epoch, self.group)
+        return (image.pooled, text), {"mlm": term}
+
+    def keep_mlm(self, encoders: DualEncoder, tokenizer: Any) -> None:
+        """These encoders get the masked language term, where it has a weight."""
+        if self.config.loss.mlm_weight:
+            self.mlm = MaskedLanguageModel(self.config.loss, encoders, tokenizer, step_seed(self.config.seed, 0, 0, 20))
+
+    def _in_format(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+
+    def _encode_images(self, encoders: DualEncoder, images: Tensor) -> Tensor:
+        inputs = (self._in_format(images),)
+        return encode_in_parts(encoders.image_features, inputs, self.config.optim.micro_batch, encoders)
+
+    def _encode_texts(
+        self, encoders: DualEncoder, batch: PersonBatch, rows: int | None, device: torch.device
+    ) -> Tensor:
         texts: tuple[Tensor, ...] = (batch.tokens[:rows],)
         cache = self._text_caches.get(id(encoders.text_encoder))
         if cache is not None and batch.captions is not None:
-            texts += (cache.take(batch.captions[:rows], images.device),)
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        micro_batch = self.config.optim.micro_batch
-        return (
-            encode_in_parts(encoders.image_features, (images,), micro_batch, encoders),
-            encode_in_parts(encoders.text_features, texts, micro_batch, encoders),
-        )
+            texts += (cache.take(batch.captions[:rows], device),)
+        return encode_in_parts(encoders.text_features, texts, self.config.optim.micro_batch, encoders)
 
     def keep_bank(self, teacher: nn.Module | None) -> None:
         """Support rows of this teacher come from past batches, where the configuration says so."""
@@ -573,10 +598,12 @@ class StudentStage(Stage):
         *,
         num_identities: int,
         teacher: Teacher | DualEncoder | None = None,
+        tokenizer: Any = None,
         **options: Any,
     ) -> None:
         super().__init__(config, name, model, augment, **options)
         self.task = TaskLoss(config.loss, model.output_width, num_identities)
+        self.keep_mlm(model, tokenizer)
         self.distillation: DistillationLoss | None = None
         if teacher is not None:
             self.__dict__["_teacher"] = freeze(teacher)
@@ -585,8 +612,8 @@ class StudentStage(Stage):
 
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
         rows = len(batch.labels)
-        student = self.encode(self.model, images, batch, rows)
-        terms = self.task(*student, batch.labels, self.group)
+        student, masked = self.encode_trained(self.model, images, batch, rows)
+        terms = self.task(*student, batch.labels, self.group) | masked
         if self.teacher is not None and self.distillation is not None:
             ramp = _ramp(self.config.distill.ramp_epochs, batch.epoch, batch.step, self.steps_per_epoch)
             terms |= self.distillation(student, self._targets(images, batch, rows), ramp, self.group)
@@ -606,7 +633,8 @@ class TeacherStage(Stage):
     """Encoders and fusion, losses on the fused features; on the single features too where ``auxiliary_weight`` is
     given.
 
-    With ``train_encoders=False`` the encoders stay frozen and only the fusion learns.
+    With ``train_encoders=False`` the encoders stay frozen and only the fusion learns. The masked language term is that
+    of the encoders' single features of the anchors.
     """
 
     model: Teacher
@@ -621,6 +649,7 @@ class TeacherStage(Stage):
         num_identities: int,
         auxiliary_weight: float = 0.0,
         train_encoders: bool = True,
+        tokenizer: Any = None,
         **options: Any,
     ) -> None:
         super().__init__(config, name, model, augment, **options)
@@ -629,7 +658,9 @@ class TeacherStage(Stage):
         self.auxiliary_weight = auxiliary_weight
         self.train_encoders = train_encoders
         self.keep_bank(model)
-        if not train_encoders:
+        if train_encoders:
+            self.keep_mlm(model.encoders, tokenizer)
+        else:
             freeze(model.encoders)
 
     def train(self, mode: bool = True) -> TeacherStage:
@@ -639,9 +670,9 @@ class TeacherStage(Stage):
         return self
 
     def losses(self, images: Tensor, batch: PersonBatch) -> dict[str, Tensor]:
-        encoded = self.encode(self.model.encoders, images, batch)
+        encoded, masked = self.encode_trained(self.model.encoders, images, batch)
         made = self.fuse(self.model, encoded, batch)
-        terms = self.task(made.image, made.text, batch.labels, self.group)
+        terms = self.task(made.image, made.text, batch.labels, self.group) | masked
         if self.auxiliary is not None:
             single = self.auxiliary(made.single_image, made.single_text, batch.labels, self.group)
             terms |= {f"single_{key}": self.auxiliary_weight * value for key, value in single.items()}
@@ -649,7 +680,9 @@ class TeacherStage(Stage):
 
 
 class OneStage(Stage):
-    """Teacher and student trained together; the teacher's features are detached for the student's losses."""
+    """Teacher and student trained together; the teacher's features are detached for the student's losses. The masked
+    language term is the student's alone.
+    """
 
     model: Student
 
@@ -663,12 +696,14 @@ class OneStage(Stage):
         num_identities: int,
         teacher: Teacher,
         auxiliary_weight: float = 0.0,
+        tokenizer: Any = None,
         **options: Any,
     ) -> None:
         super().__init__(config, name, model, augment, **options)
         # A submodule here, for it is trained; `model`, the only thing that leaves the stage, is the student alone.
         self.joint_teacher = teacher
         self.keep_bank(teacher)
+        self.keep_mlm(model, tokenizer)
         self.task = TaskLoss(config.loss, model.output_width, num_identities)
         self.teacher_task = TaskLoss(config.loss, teacher.output_width, num_identities)
         self.auxiliary = TaskLoss(config.loss, teacher.output_width, num_identities) if auxiliary_weight else None
@@ -682,9 +717,9 @@ class OneStage(Stage):
         rows = len(batch.labels)
         encoded = self.encode(self.joint_teacher.encoders, images, batch)
         made = self.fuse(self.joint_teacher, encoded, batch)
-        student = self.encode(self.model, images, batch, rows)
+        student, masked = self.encode_trained(self.model, images, batch, rows)
         ramp = _ramp(self.config.distill.ramp_epochs, batch.epoch, batch.step, self.steps_per_epoch)
-        terms = self.task(*student, batch.labels, self.group)
+        terms = self.task(*student, batch.labels, self.group) | masked
         terms |= self.distillation(student, (made.image.detach(), made.text.detach()), ramp, self.group)
         fused = self.teacher_task(made.image, made.text, batch.labels, self.group)
         terms |= {f"teacher_{key}": value for key, value in fused.items()}
