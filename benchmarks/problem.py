@@ -1,6 +1,7 @@
 """A problem: one operator at one shape, the ways to compute it, and the run that checks, times and reports them."""
 
 import argparse
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from side_by_side import (
     selected,
 )
 from torch import Tensor
+
+from lcr2s_ext.triton import tile_loads
 
 PROVIDERS = ["eager", "compile", "reference", "cpu", "triton", "cuda", "peers"]
 OURS = ("reference", "cpu", "triton", "cuda")
@@ -76,7 +79,25 @@ def our_forms(op: str, device: torch.device, form: Callable[[str], Callable[...,
     found = {"reference": Form("reference", form("reference"))}
     for backend, reason in our_backends(op, device).items():
         found[f"lcr2s_ext {backend}"] = Form(backend, reason or form(backend))
+    for loads in _loads(op, device):
+        pointers = found["lcr2s_ext triton"].call
+        call = pointers if isinstance(pointers, str) else functools.partial(_loaded_by, loads, pointers)
+        found[f"lcr2s_ext triton, {loads}"] = Form("triton", call)
     return found
+
+
+def _loads(op: str, device: torch.device) -> tuple[str, ...]:
+    """The ways beside pointers that Triton's kernels of `op` have on `device` to load their tiles."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return ()
+    if op in ("support_attention", "relation_frobenius"):
+        return ()
+    return ("tma", "specialized") if op == "topk_similarity" else ("tma",)
+
+
+def _loaded_by(loads: str, call: Callable[..., object], *args: object) -> object:
+    with tile_loads(loads):
+        return call(*args)
 
 
 def compiled_forms(forms: dict[str, Form]) -> dict[str, Form]:
