@@ -21,8 +21,6 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from lcr2s_ext.triton import tile_loads
-
 PROVIDERS = ["eager", "compile", "reference", "cpu", "triton", "cuda", "peers"]
 OURS = ("reference", "cpu", "triton", "cuda")
 LONGEST_REASON = 160
@@ -96,6 +94,9 @@ def _loads(op: str, device: torch.device) -> tuple[str, ...]:
 
 
 def _loaded_by(loads: str, call: Callable[..., object], *args: object) -> object:
+    # Imported here: compare.py runs these files over revisions that do not have it.
+    from lcr2s_ext.triton import tile_loads
+
     with tile_loads(loads):
         return call(*args)
 
