@@ -12,6 +12,9 @@ namespace lcr2s::cpu::LCR2S_ISA {
 constexpr int kMr = LCR2S_VECTOR_BYTES == 64 ? 14 : 6;
 template <class T>
 constexpr int kNr = 2 * kLanes<T>;
+// Elements of a cache line.
+template <class T>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
 constexpr int64_t kKc = 256;
 // Rows of A that one task packs: a multiple of kMr near 100.
 constexpr int64_t kMc = kMr * (LCR2S_VECTOR_BYTES == 64 ? 8 : 16);
@@ -87,10 +90,18 @@ template <class T>
 LCR2S_INLINE void pack_strips(const T* a, int64_t a_row, int64_t a_col, int64_t m, int64_t kc, T* dst) {
   const int64_t full = m / kMr * kMr;
   if (a_row == 1) {
-    // Along the columns of A, which are contiguous: strip by strip would come back to every cache line.
-    for (int64_t p = 0; p < kc; ++p)
+    // A few columns of A, which are contiguous, at a time: strip by strip would come back to every cache line, column
+    // by column would write strips, which lie a multiple of the cache's sets apart, in pieces. Columns lie far apart as
+    // well, where no hardware prefetches.
+    constexpr int64_t columns = 8;
+    for (int64_t begin = 0; begin < kc; begin += columns) {
+      const int64_t end = kc - begin < columns ? kc : begin + columns;
+      for (int64_t p = end; p < end + columns && p < kc; ++p)
+        for (int64_t i = 0; i < full; i += kLine<T>) __builtin_prefetch(a + i + p * a_col);
       for (int64_t i = 0; i < full; i += kMr)
-        __builtin_memcpy(dst + i * kc + p * kMr, a + i + p * a_col, kMr * sizeof(T));
+        for (int64_t p = begin; p < end; ++p)
+          __builtin_memcpy(dst + i * kc + p * kMr, a + i + p * a_col, kMr * sizeof(T));
+    }
   } else {
     constexpr int quad_rows = kMr / 4 * 4;
     const int64_t quads = a_col == 1 ? kc / 4 * 4 : 0;
@@ -134,7 +145,13 @@ static void gemm_tile(const T* a, int64_t a_row, int64_t a_col, int64_t m, int64
     for (int64_t j0 = 0; j0 < n; j0 += nr) {
       const T* b_panel = packed + (j0 / nr) * nr * k + k0 * nr;
       const int width = static_cast<int>(n - j0 < nr ? n - j0 : nr);
+      // The next panel is on its way from a farther cache while this one is used; each strip asks for its share.
+      const T* coming = b_panel + nr * k;
+      const T* coming_end = coming + (j0 + nr < n ? kc * nr : 0);
+      const int64_t share = ceil_div(kc * nr, ceil_div(m, kMr) * kLine<T>) * kLine<T>;
       for (int64_t i0 = 0; i0 < m; i0 += kMr) {
+        for (int64_t at = 0; at < share && coming < coming_end; at += kLine<T>, coming += kLine<T>)
+          __builtin_prefetch(coming, 0, 2);
         Vec<T> acc[kMr][2];
         micro_kernel<T>(kc, a_packed + i0 * kc, b_panel, acc);
         const int rows = static_cast<int>(m - i0 < kMr ? m - i0 : kMr);
@@ -161,12 +178,13 @@ static void gemm_tile(const T* a, int64_t a_row, int64_t a_col, int64_t m, int64
   }
 }
 
-// The whole product, cut into tasks of kMc rows x kTaskColumns columns.
+// The whole product, cut into tasks of kMc rows; wide ones, which pack A less often, where there are enough.
 template <class T>
 static void gemm(const Parallel& parallel, const T* a, int64_t a_row, int64_t a_col, int64_t m, int64_t k,
                  const T* packed, int64_t n, T* c, int64_t ldc, bool accumulate) {
-  constexpr int64_t columns = 256;
-  static_assert(columns % kNr<T> == 0);
+  constexpr int64_t narrow = 256, wide = 512, enough = 32;
+  static_assert(narrow % kNr<T> == 0 && wide % kNr<T> == 0);
+  const int64_t columns = ceil_div(m, kMc) * ceil_div(n, wide) >= enough ? wide : narrow;
   const int64_t col_tasks = ceil_div(n, columns);
   parallel.for_each(ceil_div(m, kMc) * col_tasks, [=](int64_t task) {
     const int64_t i0 = task / col_tasks * kMc;

@@ -44,6 +44,7 @@ def multiply(core: ctypes.CDLL, a: np.ndarray, b: np.ndarray, c: np.ndarray, acc
 
 # Around the micro-tiles (6 x 8 to 14 x 32), the row block (96 to 112), the column task (256) and the depth block (256).
 SHAPES = [(1, 1, 1), (6, 8, 16), (14, 32, 32), (15, 33, 31), (97, 257, 40), (113, 513, 259), (3, 0, 5), (225, 5, 300)]
+SHAPES += [(2, 3, 16400)]  # enough columns for wide tasks (512)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
