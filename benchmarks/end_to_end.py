@@ -41,6 +41,11 @@ from lcr2s_ext.training.prepare import BatchLoader, make_augment, make_loader, m
 from lcr2s_ext.training.stages import Stage, StudentStage, TeacherStage
 
 PLAIN = "plain dual encoder"
+SECTIONS = [
+    *("data", "augmentation", "encoders, forward", "frozen teacher's encoders", "rest, forward"),
+    *("rest, backward", "encoders, backward", "optimiser"),
+]
+"""Of a step, in their order; the rest is fusion, losses and what PyTorch does between."""
 GOAL = 1.15
 """An epoch of a teacher whose support comes from the batch over one of the plain dual encoder: at most this."""
 
@@ -410,7 +415,7 @@ class Sections:
             for encoders, _ in wrapped:
                 del encoders.image_features, encoders.text_features
         for name, seconds in self.seconds.items():
-            if name not in ("data", "rest, forward", "rest, backward", "encoders, backward", "optimiser"):
+            if name in SECTIONS[1:4]:
                 # Both encoders are one section, and like the augmentation it lies inside the forward.
                 start = earlier.get(name, 0)
                 seconds[start:] = [sum(seconds[start:])]
@@ -496,7 +501,11 @@ def profile_rows(name: str, variant: Variant, args: argparse.Namespace, epoch_st
     sections = Sections(variant)
     for _ in range(args.steps):
         sections.step()
-    rows = [_row("training profile", part, name, args, seconds) for part, seconds in sections.seconds.items()]
+    rows = [
+        _row("training profile", part, name, args, sections.seconds[part])
+        for part in SECTIONS
+        if part in sections.seconds
+    ]
     step = sum(float(str(row["ms"])) for row in rows)
     beyond = 1e3 * epoch_step - step
     rows.append({**_shape("training profile", "Lightning", args), "candidate": name, "ms": round(beyond, 3)})

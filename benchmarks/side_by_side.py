@@ -218,8 +218,8 @@ def selected(candidates: Mapping[str, Candidate | str]) -> dict[str, Candidate |
     return {name: candidate for name, candidate in candidates.items() if _only is None or name in _only}
 
 
-def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments that all benchmarks share, added and parsed; `settings` holds what `compare` needs."""
+def shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that all benchmarks have."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
@@ -227,6 +227,11 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager forms")
     parser.add_argument("--only", nargs="+", metavar="CANDIDATE", help="measure these alone, named as in the tables")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments that all benchmarks share, added and parsed; `settings` holds what `compare` needs."""
+    shared_arguments(parser)
     args = parser.parse_args(arguments)
     args.settings = make_settings(args)
     return args
