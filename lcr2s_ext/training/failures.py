@@ -75,7 +75,8 @@ class FiniteWatch:
             finite &= last.gradient.isfinite()
         bad = (~finite).float()
         self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
-        optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = self._bad  # type: ignore[attr-defined]
 
     def first_bad(self) -> tuple[bool, BadStep | None]:
         """Whether any process had a bad step, and the first of this one. Reads the device."""

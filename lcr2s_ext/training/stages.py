@@ -363,11 +363,25 @@ class Stage(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # A loss scaler's gradients may overflow, and it looks after that itself.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self._watch.before_update(optimizer, None if scaled else _parameters(optimizer))
+        self._watch.before_update(optimizer, None if self._loss_scaled() else _parameters(optimizer))
         # Reading the loss costs a GPU a synchronisation, a CPU nothing.
         if self.device.type == "cpu" or self.global_step % self.config.log_every == 0:
             self.check_finite()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self._loss_scaled():
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            # Lightning refuses a fused optimiser under any autocast, though only a loss scaler would be in its way.
+            torch.nn.utils.clip_grad_norm_(_parameters(optimizer), gradient_clip_val)
+
+    def _loss_scaled(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def check_finite(self) -> None:
         """TrainingError on every rank where a loss or gradient since the last look was not finite on any; the batch is
@@ -561,7 +575,9 @@ class Stage(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
         cls = torch.optim.AdamW if optim.optimizer == "adamw" else torch.optim.Adam
-        optimizer = cls(parameter_groups(self, optim), lr=optim.lr, fused=True)
+        # A fused optimiser unscales gradients itself, too late for them to be clipped.
+        fused = not (self.config.precision == "16-mixed" and optim.grad_clip)
+        optimizer = cls(parameter_groups(self, optim), lr=optim.lr, fused=fused)
         # In optimiser steps; what is left of an epoch after the last whole accumulation is a step of its own.
         steps_per_epoch = math.ceil(self.steps_per_epoch / optim.accumulate)
         total = max(1, self.epochs * steps_per_epoch)
