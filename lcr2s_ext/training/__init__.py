@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lcr2s_ext.training.config import ConfigError, TrainConfig, dump_config, load_config, to_dict
+    from lcr2s_ext.training.failures import load_failed_batch
     from lcr2s_ext.training.fit import StageResult, fit_one_stage, fit_student, fit_teacher
     from lcr2s_ext.training.prepare import (
         TrainingData,
@@ -32,6 +33,7 @@ _HOMES = {
     "fit_student": "fit",
     "fit_teacher": "fit",
     "load_config": "config",
+    "load_failed_batch": "failures",
     "make_loader": "prepare",
     "prepare_data": "prepare",
     "to_dict": "config",
@@ -52,6 +54,7 @@ __all__ = [
     "fit_student",
     "fit_teacher",
     "load_config",
+    "load_failed_batch",
     "make_loader",
     "prepare_data",
     "to_dict",

@@ -364,9 +364,13 @@ class Stage(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # A loss scaler's gradients may overflow, and it looks after that itself.
         self._watch.before_update(optimizer, None if self._loss_scaled() else _parameters(optimizer))
-        # Reading the loss costs a GPU a synchronisation, a CPU nothing.
-        if self.device.type == "cpu" or self.global_step % self.config.log_every == 0:
+        if self.global_step % self.reads_every == 0:
             self.check_finite()
+
+    @property
+    def reads_every(self) -> int:
+        """Steps between looks at the loss: reading it costs a GPU a synchronisation, a CPU nothing."""
+        return 1 if self.device.type == "cpu" else self.config.log_every
 
     def configure_gradient_clipping(
         self,
