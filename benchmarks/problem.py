@@ -15,6 +15,7 @@ from side_by_side import (
     compare,
     our_backends,
     out_of_memory,
+    part_selected,
     relative_error,
     report,
     selected,
@@ -24,6 +25,8 @@ from torch import Tensor
 PROVIDERS = ["eager", "compile", "reference", "cpu", "triton", "cuda", "peers"]
 OURS = ("reference", "cpu", "triton", "cuda")
 LONGEST_REASON = 160
+LOSS_SCALE = 2.0**15
+"""As in mixed precision: without one, float16 holds nothing of the gradient of a mean over a million pairs."""
 
 
 class UnavailableError(Exception):
@@ -142,10 +145,12 @@ def differentiable(
         exact_form: what float64 results are computed with.
         inputs: whose gradients are wanted.
         constants: further arguments, without gradients.
-        upstream: gradient of the value; a scalar value needs none.
+        upstream: gradient of the value; of a scalar value 1, or LOSS_SCALE for float16 inputs.
         forward, backward, forward_backward: the least work of each part.
         backward_alone: measure the backward by itself as well.
     """
+    if upstream is None and inputs[0].dtype == torch.float16:
+        upstream = torch.tensor(LOSS_SCALE, device=inputs[0].device)
     exact = both(
         exact_form,
         [tensor.double() for tensor in inputs],
@@ -219,6 +224,8 @@ def run(problem: Problem, settings: Settings) -> None:
     """Check, time and report every part. A wrong result of ours ends the run; of anyone else it is a row."""
     torch.compiler.reset()  # a sweep must not run into the limit of recompilations
     for name, part in problem.parts.items():
+        if not part_selected(name):
+            continue
         candidates = selected(
             {
                 form_name: form.call if isinstance(form.call, str) else part.candidate(form.call)

@@ -1,19 +1,33 @@
 """The sweep of every family in one command, into one results file.
 
-    python benchmarks/run.py --device cpu --quick --csv results.csv
+    python benchmarks/run.py --quick
     python benchmarks/run.py --device cuda --full --family similarity relation --csv results.csv
+    python benchmarks/run.py --full --report --minutes 20
+    python benchmarks/run.py --quick --compare HEAD~10
 
-A family whose results do not match float64 prints no times; the others still run, and the exit status says it.
+Rows go to benchmarks/results/<machine>.csv unless --csv names another file. --report begins that file anew, measures
+training and scaling as well, then draws the plots and writes the tables of docs/performance.md (for another --csv only
+plots, beside it). A family whose results do not match float64 prints no times; the others still run, and the exit
+status says it.
 """
 
 import argparse
 import importlib
 import sys
+import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from side_by_side import RESULTS, results_file
 
 ALL = ["float32", "bfloat16", "float16"]
 HALF = ["bfloat16"]
+BOTH = ["--part", "forward + backward"]
+# What a script would call, where there is a published form, and the plain PyTorch twin where there is none.
+PUBLISHED = ["--provider", "eager", "cpu", "peers"]
+TWIN = ["--provider", "reference", "cpu"]
 
 # family -> arguments of its runs, for each device and depth
 SWEEPS: dict[tuple[str, str], dict[str, list[list[str]]]] = {
@@ -37,11 +51,24 @@ SWEEPS: dict[tuple[str, str], dict[str, list[list[str]]]] = {
         ],
     },
 }
+# Some minutes each on two cores: the largest shapes in few rounds, torch.compile where its compilation is worth them.
 SWEEPS["cpu", "full"] = {
-    "support_attention": [["--batch", "128", "1024", "4096", "--compile", "--dtype", *ALL]],
-    "similarity": [["--batch", "256", "1024", "4096", "8192", "--compile"]],
-    "relation": [["--batch", "256", "1024", "4096", "8192", "--teacher-width", "1024", "--compile"], []],
-    "retrieval": [["--compile"]],
+    "support_attention": [
+        ["--batch", "128", "1024", "--rounds", "9"],
+        ["--batch", "4096", "--compile", "--rounds", "3"],
+        ["--batch", "4096", "--dtype", "bfloat16", "--provider", "eager", "cpu", "--rounds", "3", *BOTH],
+    ],
+    "similarity": [
+        ["--batch", "256", "1024", "--loss", "sdm", "info_nce", *PUBLISHED, "--compile", *BOTH],
+        ["--batch", "4096", "--loss", "sdm", "info_nce", *PUBLISHED, "--compile", "--rounds", "3", *BOTH],
+        ["--batch", "8192", "--loss", "sdm", "info_nce", *PUBLISHED, "--compile", "--rounds", "2", *BOTH],
+        ["--batch", "1024", "4096", "--loss", "cmpm", "tal", *TWIN, "--compile", "--rounds", "3", *BOTH],
+    ],
+    "relation": [
+        ["--batch", "1024", "4096", "--compile", "--rounds", "3", *BOTH],
+        ["--batch", "8192", "--rounds", "2", *BOTH],
+    ],
+    "retrieval": [["--rounds", "3"]],
 }
 SWEEPS["cuda", "full"] = {
     "support_attention": [["--batch", "128", "1024", "4096", "16384", "65536", "--compile", "--dtype", *ALL]],
@@ -52,9 +79,44 @@ SWEEPS["cuda", "full"] = {
         ["--op", "topk", "--queries", "10000", "--gallery", "1000000", "--dtype", *HALF],
     ],
 }
+# What --report measures besides.
+BESIDES: dict[str, dict[str, list[list[str]]]] = {
+    "quick": {
+        "end_to_end": [["--people", "100", "--steps", "10", "--epochs", "1", "--rounds", "1"]],
+        "scaling": [["--sweep", "support_attention/set size", "--rounds", "3"]],
+    },
+    "full": {
+        "end_to_end": [["--rounds", "3"]],
+        "scaling": [["--rounds", "3"]],
+    },
+}
 
 
-def main() -> None:
+def measure(steps: Sequence[tuple[str, Sequence[str]]], minutes: float | None) -> list[str]:
+    """Run the steps one after another; those that failed, or were not begun because the time was spent."""
+    start = time.monotonic()
+    failed = []
+    for family, arguments in steps:
+        spent = (time.monotonic() - start) / 60
+        name = f"{family} {' '.join(arguments)}"
+        if minutes is not None and spent > minutes:
+            print(f"\n== {name}: not begun, {minutes:g} minutes are spent")
+            failed.append(f"{family} (no time left)")
+            continue
+        print(f"\n== {name} (minute {spent:.1f})", flush=True)
+        try:
+            importlib.import_module(family).main(list(arguments))
+        except SystemExit as stop:
+            if stop.code not in (None, 0):
+                print(stop)
+                failed.append(family)
+        except Exception:
+            traceback.print_exc()
+            failed.append(family)
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     families = list(SWEEPS["cpu", "quick"])
     parser.add_argument("--family", nargs="+", choices=families, default=families)
@@ -62,24 +124,29 @@ def main() -> None:
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--quick", dest="depth", action="store_const", const="quick", default="quick")
     depth.add_argument("--full", dest="depth", action="store_const", const="full")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="of every run; default: 5, and in --full what a run's size allows")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    args = parser.parse_args()
-    shared = ["--device", args.device, "--rounds", str(args.rounds)]
-    if args.csv:
-        shared += ["--csv", str(args.csv)]
-    failed = []
-    for family in args.family:
-        for arguments in SWEEPS[args.device, args.depth][family]:
-            print(f"\n== {family} {' '.join(arguments)}", flush=True)
-            try:
-                importlib.import_module(family).main([*arguments, *shared])
-            except SystemExit as stop:
-                print(stop)
-                failed.append(family)
-            except Exception:
-                traceback.print_exc()
-                failed.append(family)
+    parser.add_argument("--report", action="store_true", help="training and scaling as well, plots and tables")
+    parser.add_argument("--minutes", type=float, help="begin nothing after so many minutes")
+    parser.add_argument("--compare", metavar="REV", help="this tree against another revision (compare.py)")
+    args = parser.parse_args(arguments)
+    runs = [(family, run) for family in args.family for run in SWEEPS[args.device, args.depth][family]]
+    if args.compare:
+        from compare import compare_revisions
+
+        compare_revisions(args.compare, runs, device=args.device, rounds=args.rounds or 11, csv=args.csv)
+        return
+    file = args.csv or results_file(torch.device(args.device))
+    if args.report:
+        file.unlink(missing_ok=True)
+        runs += [(name, run) for name, found in BESIDES[args.depth].items() for run in found]
+    shared = ["--device", args.device, "--csv", str(file)]
+    asked = [] if args.rounds is None else ["--rounds", str(args.rounds)]
+    failed = measure([(family, [*shared, *run, *asked]) for family, run in runs], args.minutes)
+    if args.report:
+        import plot
+
+        plot.main(["--table"] if file.parent == RESULTS else [str(file), "--plots", str(file.parent / "plots")])
     if failed:
         sys.exit(f"failed: {', '.join(sorted(set(failed)))}")
 

@@ -203,7 +203,9 @@ def _calibrate(device: torch.device, threads: int) -> Limits:
 
 
 _only: set[str] | None = None
-"""Names of the candidates to measure, set by `parse_arguments`; None for all."""
+"""Names of the candidates to measure, set by `make_settings`; None for all."""
+_parts: set[str] | None = None
+"""The same for the parts of a problem."""
 _turns: Turns | None = None
 
 
@@ -218,6 +220,11 @@ def selected(candidates: Mapping[str, Candidate | str]) -> dict[str, Candidate |
     return {name: candidate for name, candidate in candidates.items() if _only is None or name in _only}
 
 
+def part_selected(name: str) -> bool:
+    """Whether --part asks for this part of a problem."""
+    return _parts is None or name in _parts
+
+
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all benchmarks have."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -226,6 +233,7 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager forms")
     parser.add_argument("--only", nargs="+", metavar="CANDIDATE", help="measure these alone, named as in the tables")
+    parser.add_argument("--part", nargs="+", help="'forward', 'backward', 'forward + backward'; default: all there are")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
 
 
@@ -239,8 +247,9 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
 
 def make_settings(args: argparse.Namespace) -> Settings:
     """What `compare` needs, of the shared arguments; prints the machine and its limits."""
-    global _only
+    global _only, _parts
     _only = set(args.only) if args.only else None
+    _parts = set(args.part) if args.part else None
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
