@@ -123,11 +123,67 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ablate(args: argparse.Namespace) -> int:
+    from lcr2s_ext.training.ablate import Grid, ablate, check_seeds, parse_axis, read_grid
+    from lcr2s_ext.training.config import ConfigError, load_config
+
+    given: dict[str, Any] = {"data": {}}
+    for key, value in (("device", args.device), ("threads", args.threads), ("progress", args.progress)):
+        if value is not None:
+            given[key] = value
+    for key, value in (("dataset", args.dataset), ("root", args.root)):
+        if value is not None:
+            given["data"][key] = value
+    try:
+        files = [text for text in args.grid if "=" not in text]
+        if len(files) > 1:
+            raise UsageError(f"--grid: expected one YAML file at most, got {', '.join(files)}")
+        grid = read_grid(files[0]) if files else Grid()
+        for text in args.grid:
+            if text not in files:
+                key, values = parse_axis(text)
+                grid.axes[key] = values
+        if args.seeds is not None:
+            grid.seeds = check_seeds(parse_axis(f"seeds={args.seeds}")[1])
+        grid.cells()
+        source = args.config if args.config is not None else grid.config
+        if not load_config(source, args.overrides, base=given).data.root:
+            raise UsageError("no data: give --root DIR (the folder that holds the dataset's) or data.root=DIR")
+        result = ablate(
+            grid,
+            args.out,
+            config=args.config,
+            overrides=args.overrides,
+            base=given,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+    print(result.report())
+    print(f"written to {args.out}: ablation.md, ablation.csv, ablation.json, runs/, stages/")
+    return 1 if result.failures else 0
+
+
+def _rerank(values: Sequence[float] | None) -> Any:
+    """The settings of ``--rerank``, None where it was not given."""
+    from lcr2s_ext.retrieval import Rerank
+
+    if values is None:
+        return None
+    if len(values) not in (0, 3) or any(value != int(value) for value in values[:2]):
+        raise UsageError(f"--rerank: expected nothing, or k1 k2 lambda, got {' '.join(f'{v:g}' for v in values)}")
+    try:
+        return Rerank(int(values[0]), int(values[1]), values[2]) if values else Rerank()
+    except ValueError as error:
+        raise UsageError(f"--rerank: {error}") from error
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     from lcr2s_ext.data import ImageStore, load_dataset
     from lcr2s_ext.models import LCR2S
     from lcr2s_ext.retrieval import evaluate_model
 
+    rerank = _rerank(args.rerank)
     folder = Path(args.model)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
@@ -139,11 +195,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     if not split.captions:
         raise ValueError(f"split: {args.split} of {args.dataset} in {args.root} has no captions")
     store = ImageStore(split.image_paths, model.image_size, cache=False)
-    metrics = evaluate_model(model, split, store, batch_size=args.batch_size)
+    metrics = evaluate_model(model, split, store, batch_size=args.batch_size, rerank=rerank)
+    again = {name.removesuffix("_reranked"): metrics.pop(name) for name in list(metrics) if name.endswith("_reranked")}
     if args.json:
-        print(json.dumps(_finite(metrics["text_to_image"])))
+        record: dict[str, Any] = dict(_finite(metrics["text_to_image"]))
+        if again:
+            settings = {"k1": rerank.k1, "k2": rerank.k2, "lambda": rerank.weight}
+            record["reranked"] = settings | _finite(again["text_to_image"])
+        print(json.dumps(record))
     else:
         print(_table(args.split, metrics))
+        if again:
+            print(_table(f"{args.split}, {rerank.describe()}", again))
     return 0
 
 
@@ -311,6 +374,26 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, help="CPU threads")
     train.add_argument("--progress", choices=("auto", "rich", "tqdm", "none"), help="progress bar")
 
+    ablate = command(
+        commands, "ablate", _ablate, "run a grid of configurations over seeds and print the table that compares them"
+    )
+    ablate.usage = "lcr2s ablate --grid GRID --out OUT [options] [key=value ...]"
+    ablate.epilog = "Finished runs are skipped, interrupted ones go on, stages that points share are trained once."
+    ablate.add_argument("--config", metavar="FILE", help="base configuration; wins over the grid file's own")
+    ablate.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        metavar="GRID",
+        help="a YAML file such as configs/ablations/distillation.yaml, or key=value,value,...; may be repeated",
+    )
+    ablate.add_argument("--seeds", metavar="N,N,...", help="seeds of the runs (default: the grid's, else the config's)")
+    ablate.add_argument("--out", metavar="OUT", required=True, help="folder for runs, shared stages and the table")
+    where(ablate, required=False)
+    ablate.add_argument("--device", help="auto, cpu or gpu")
+    ablate.add_argument("--threads", type=int, help="CPU threads")
+    ablate.add_argument("--progress", choices=("auto", "rich", "tqdm", "none"), help="progress bar")
+
     evaluate = command(commands, "evaluate", _evaluate, "retrieval metrics of a trained model on a split")
     evaluate.add_argument("--model", metavar="OUT", required=True, help="output folder of train, or of save_pretrained")
     where(evaluate, required=True)
@@ -318,6 +401,13 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=_positive, default=256, help="rows encoded at a time (default: 256)")
     evaluate.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     evaluate.add_argument("--json", action="store_true", help="print the text-to-image metrics as one JSON object")
+    evaluate.add_argument(
+        "--rerank",
+        type=float,
+        nargs="*",
+        metavar="X",
+        help="metrics after k-reciprocal re-ranking as well, labelled as such; K1 K2 LAMBDA (default: 20 6 0.3)",
+    )
     return parser
 
 
@@ -329,7 +419,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with nullcontext() if _speaks(None) else redirect_stderr(io.StringIO()):
         args, rest = parser.parse_known_args(arguments)
         args.overrides = rest
-        wrong = [word for word in rest if args.command != "train" or word.startswith("-") or "=" not in word]
+        wrong = [
+            word for word in rest if args.command not in ("train", "ablate") or word.startswith("-") or "=" not in word
+        ]
         if wrong:
             parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     name = " ".join(
@@ -345,6 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         hint = f"; {name} --out OUT --resume goes on after the last whole epoch" if args.command == "train" else ""
+        hint = "; the same command goes on" if args.command == "ablate" else hint
         if _speaks(None):
             print(f"{name}: interrupted{hint}", file=sys.stderr)
         return 130

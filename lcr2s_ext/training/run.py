@@ -39,7 +39,7 @@ from lcr2s_ext.training.prepare import (
 )
 from lcr2s_ext.training.stages import TrainingError
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "finished", "train"]
 
 CONFIG_FILE = "train.yaml"
 RESULTS_FILE = "results.json"
@@ -128,6 +128,7 @@ def train(
     resume: bool = False,
     test: bool = True,
     say: Callable[[str], None] | None = None,
+    share: Path | None = None,
 ) -> TrainResult:
     """A whole run: the stages of ``config.method``, selection on val, test touched once at the end.
 
@@ -144,6 +145,8 @@ def train(
             checkpoint, with the numbers an uninterrupted run would have had.
         test: evaluate the test split at the end.
         say: called with one line of text at each milestone.
+        share: folder of stages that several runs share, in place of the stages' folders in ``config.out``: what another
+            run trained under the same configuration, as far as it concerns the stage, is read or continued.
 
     Raises:
         ConfigError, TrainingError, DatasetError, OSError: with a message that says what to change.
@@ -177,10 +180,17 @@ def train(
     if not data.has("val"):
         say("no val split: the last epoch is kept")
     stages: dict[str, StageResult] = {}
+    resume_stages = resume or share is not None
+
+    def folder_of(name: str) -> Path | None:
+        if share is not None:
+            kind = "plain" if name == "warm" or config.method == "plain" else name
+            return share / f"{kind}-{_stage_key(config, name)}"
+        return None if out is None else out / name
 
     def run_stage(name: str, weights: Callable[[], torch.nn.Module], fit: Callable[[Path | None], StageResult]) -> Any:
-        folder = None if out is None else out / name
-        result = _saved_stage(folder, resume, weights, lambda: fit(folder))
+        folder = folder_of(name)
+        result = _saved_stage(folder, resume_stages, weights, lambda: fit(folder))
         stages[name] = result
         score = (
             f", val R@1 {100 * result.val['text_to_image']['R@1']:.1f} (epoch {result.best_epoch})"
@@ -198,17 +208,18 @@ def train(
     if config.method == "one_stage":
         teacher = make_teacher(config, data)
         joint = teacher.state_dict()
-        kept = None if out is None else out / "one_stage" / TEACHER_WEIGHTS
+        one_stage = folder_of("one_stage")
+        kept = None if one_stage is None else one_stage / TEACHER_WEIGHTS
 
         def fit_both(folder: Path | None) -> StageResult:
-            result, trained = fit_one_stage(config, data, out=folder, resume=resume)
+            result, trained = fit_one_stage(config, data, out=folder, resume=resume_stages)
             joint.update(trained.state_dict())
             if kept is not None and distributed.first():
                 _save_weights(trained, kept)
             return result
 
         model = run_stage("one_stage", student, fit_both)
-        if resume and kept is not None:
+        if resume_stages and kept is not None:
             joint = load_file(str(kept))
         teacher.load_state_dict(joint)
         teacher.eval()
@@ -220,18 +231,30 @@ def train(
                     "warm",
                     student,
                     lambda folder: fit_student(
-                        config, data, epochs=config.warm_epochs, name="warm", out=folder, resume=resume
+                        config,
+                        data,
+                        epochs=config.warm_epochs,
+                        name="warm" if share is None else "plain",
+                        out=folder,
+                        resume=resume_stages,
                     ),
                 ).student
             teacher = run_stage(
                 "teacher",
                 lambda: make_teacher(config, data),
-                lambda folder: fit_teacher(config, data, init=init, out=folder, resume=resume),
+                lambda folder: fit_teacher(config, data, init=init, out=folder, resume=resume_stages),
             )
         model = run_stage(
             "student",
             student,
-            lambda folder: fit_student(config, data, teacher=teacher, out=folder, resume=resume),
+            lambda folder: fit_student(
+                config,
+                data,
+                teacher=teacher,
+                name="student" if share is None or teacher is not None else "plain",
+                out=folder,
+                resume=resume_stages,
+            ),
         )
     last = stages["one_stage" if config.method == "one_stage" else "student"]
     result = TrainResult(model, teacher, stages, last.val, None, out=out)
@@ -289,6 +312,56 @@ def _open_run(config: TrainConfig, out: Path, resume: bool) -> None:
     if changed:
         words = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed[:3])
         raise TrainingError(f"out: the run in {out} cannot be resumed with another configuration ({words})")
+
+
+def finished(config: TrainConfig) -> dict[str, Any] | None:
+    """``results.json`` of the run in ``config.out``, None where there is none.
+
+    Raises:
+        TrainingError: a run of another configuration is there.
+    """
+    file = Path(config.out, RESULTS_FILE)
+    if not file.is_file():
+        return None
+    _open_run(config, file.parent, resume=True)
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+# What a plain student does not depend on.
+_OF_TEACHERS = (
+    *("teacher.", "distill.", "data.support", "data.max_support", "data.bank_size"),
+    *("model.heads", "model.feed_forward", "model.fusion_"),
+)
+
+
+def _stage_key(config: TrainConfig, name: str) -> str:
+    """Digest of what a stage depends on; an earlier stage's keys are among them."""
+    values = _flat(to_dict(config))
+    start = config.teacher.start
+    # Of a stage that begins with another's weights, what made those counts as well.
+    without = [*_FREE_KEYS, "method"]
+    if name == "warm" or config.method == "plain":
+        values["epochs"] = config.warm_epochs if name == "warm" else config.epochs
+        without += _OF_TEACHERS
+    else:
+        if name == "teacher":
+            values["epochs"] = config.teacher_epochs
+            without += ["distill."]
+        if config.data.support != "bank":
+            without += ["data.bank_size"]
+        if start not in ("warm", "frozen") or name == "one_stage":
+            without += ["teacher.warm_epochs"]
+        if name == "one_stage":
+            without += ["teacher.epochs"]
+        if start != "auxiliary":
+            without += ["teacher.auxiliary_weight"]
+    kept = {
+        key: value
+        for key, value in values.items()
+        if not any(key == part or (part[-1] in "._" and key.startswith(part)) for part in without)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # Mappings that are compared as one value: their keys may differ.

@@ -93,7 +93,8 @@ def summarize(runs: Sequence[Run], arms: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
-def _percent(mean: float, sd: float | None, sign: bool = False) -> str:
+def percent(mean: float, sd: float | None, sign: bool = False) -> str:
+    """A fraction in percent, with its deviation where there is one."""
     text = f"{100 * mean:+.1f}" if sign else f"{100 * mean:.1f}"
     return text if sd is None else f"{text} ± {100 * sd:.1f}"
 
@@ -108,8 +109,8 @@ def table_rows(runs: Sequence[Run], summary: Mapping[str, Any]) -> list[dict[str
         rows.append(
             {
                 "arm": name,
-                **{metric: _percent(metrics[metric]["mean"], metrics[metric]["sd"]) for metric in METRICS},
-                "mAP trap.": _percent(metrics["mAP_trapezoid"]["mean"], metrics["mAP_trapezoid"]["sd"]),
+                **{metric: percent(metrics[metric]["mean"], metrics[metric]["sd"]) for metric in METRICS},
+                "mAP trap.": percent(metrics["mAP_trapezoid"]["mean"], metrics["mAP_trapezoid"]["sd"]),
                 "steps": "/".join(str(count) for count in sorted(steps)),
             }
         )
@@ -123,7 +124,7 @@ def difference_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         row = {"paired difference": name}
         for metric in ("R@1", "mAP"):
             found = difference[metric]
-            row[metric] = _percent(found["mean"], found["sd"], sign=True)
+            row[metric] = percent(found["mean"], found["sd"], sign=True)
             row[f"{metric} in each run"] = ", ".join(f"{100 * value:+.1f}" for value in found["values"])
         row["question"] = difference["question"]
         rows.append(row)
