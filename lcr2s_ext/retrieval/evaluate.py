@@ -215,9 +215,11 @@ def evaluate_oracle(
             (fusions[0], features.image, features.image_ids),
             (fusions[1], features.text, features.text_ids),
         ):
-            device = next(fusion.parameters()).device
+            weight = next(fusion.parameters())
             support = ops.SupportIndex.from_ids(ids, max_support, include_self=True, seed=seed) if max_support else None
-            fused.append(fusion(rows.to(device), support.to(device) if support is not None else None).float().cpu())
+            if support is not None:
+                support = support.to(weight.device)
+            fused.append(fusion(rows.to(weight.device, weight.dtype), support).float().cpu())
     image, text = fused
     return evaluate_features(
         RetrievalFeatures(image, text, features.image_ids, features.text_ids, features.image_rows), ks, group=group
