@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         make_loader,
         prepare_data,
     )
+    from lcr2s_ext.training.replay import replay_failed_batch
     from lcr2s_ext.training.run import TrainResult, train
     from lcr2s_ext.training.stages import TrainingError
 
@@ -36,6 +37,7 @@ _HOMES = {
     "load_failed_batch": "failures",
     "make_loader": "prepare",
     "prepare_data": "prepare",
+    "replay_failed_batch": "replay",
     "to_dict": "config",
     "train": "run",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "load_failed_batch",
     "make_loader",
     "prepare_data",
+    "replay_failed_batch",
     "to_dict",
     "train",
 ]

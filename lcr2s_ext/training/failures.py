@@ -147,7 +147,7 @@ def save_failed_batch(path: str | Path, failed: FailedBatch) -> Path:
 def load_failed_batch(path: str | Path) -> FailedBatch:
     """Read what a training that stopped at a loss that is not finite has written.
 
-    ``stage.replay(failed)`` computes its terms again.
+    :func:`~lcr2s_ext.training.replay_failed_batch` computes its terms again.
 
     Raises:
         FileNotFoundError: there is no such file.

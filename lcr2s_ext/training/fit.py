@@ -37,7 +37,17 @@ from lcr2s_ext.training.prepare import (
 from lcr2s_ext.training.stages import OneStage, Stage, StudentStage, TeacherStage
 from lcr2s_ext.training.text_cache import check_frozen
 
-__all__ = ["StageResult", "check_support", "check_text_cache", "fit_one_stage", "fit_student", "fit_teacher"]
+__all__ = [
+    "StageResult",
+    "check_support",
+    "check_text_cache",
+    "fit_one_stage",
+    "fit_student",
+    "fit_teacher",
+    "joint_stage",
+    "student_stage",
+    "teacher_stage",
+]
 
 CHECKPOINT_FILE = "last.ckpt"
 REFRESH_STEPS = 10  # of the progress bar
@@ -231,6 +241,22 @@ def fit_student(
         A result whose ``model`` is an :class:`LCR2S`.
     """
     distributed.start(config)
+    stage, model, loader = student_stage(config, data, teacher=teacher, init=init, epochs=epochs, name=name)
+    result = _finish(stage, model, loader, config, None if out is None else Path(out), resume, on_epoch)
+    model.eval()
+    return result
+
+
+def student_stage(
+    config: TrainConfig,
+    data: TrainingData,
+    *,
+    teacher: Teacher | DualEncoder | None = None,
+    init: DualEncoder | None = None,
+    epochs: int | None = None,
+    name: str = "student",
+) -> tuple[StudentStage, LCR2S, BatchLoader]:
+    """The stage that :func:`fit_student` trains, its model and its batches."""
     model = make_model(config, data)
     if init is not None:
         model.student.load_state_dict(init.state_dict())
@@ -248,9 +274,7 @@ def fit_student(
             steps_per_epoch=steps_per_epoch(config, loader),
             evaluate=_evaluation(data, lambda: _student_metrics(config, model, data)),
         )
-    result = _finish(stage, model, loader, config, None if out is None else Path(out), resume, on_epoch)
-    model.eval()
-    return result
+    return stage, model, loader
 
 
 def fit_teacher(
@@ -274,6 +298,20 @@ def fit_teacher(
         raise ValueError(f"init: teacher.start={start} needs a trained dual encoder to start from, got None")
     check_support(config)
     distributed.start(config)
+    stage, teacher, loader = teacher_stage(config, data, init=init, epochs=epochs, name=name)
+    return _finish(stage, teacher, loader, config, None if out is None else Path(out), resume, on_epoch)
+
+
+def teacher_stage(
+    config: TrainConfig,
+    data: TrainingData,
+    *,
+    init: DualEncoder | None = None,
+    epochs: int | None = None,
+    name: str = "teacher",
+) -> tuple[TeacherStage, Teacher, BatchLoader]:
+    """The stage that :func:`fit_teacher` trains, its model and its batches."""
+    start = config.teacher.start
     teacher = make_teacher(config, data, init)
     loader = make_loader(config, data, config.data.support)
     with weights_seed(config, 12):
@@ -300,7 +338,7 @@ def fit_teacher(
                 ),
             ),
         )
-    return _finish(stage, teacher, loader, config, None if out is None else Path(out), resume, on_epoch)
+    return stage, teacher, loader
 
 
 def fit_one_stage(
@@ -318,6 +356,20 @@ def fit_one_stage(
     """
     check_support(config)
     distributed.start(config)
+    stage, model, loader = joint_stage(config, data, name=name)
+    teacher = stage.joint_teacher
+    spare = copy.deepcopy(teacher) if config.strategy == "fsdp" else None
+    result = _finish(stage, model, loader, config, None if out is None else Path(out), resume)
+    model.eval()
+    if spare is not None:
+        spare.load_state_dict(distributed.full_state(teacher))
+    return result, (spare or teacher).eval()
+
+
+def joint_stage(
+    config: TrainConfig, data: TrainingData, *, name: str = "one_stage"
+) -> tuple[OneStage, LCR2S, BatchLoader]:
+    """The stage that :func:`fit_one_stage` trains, its student and its batches."""
     model = make_model(config, data)
     teacher = make_teacher(config, data)
     loader = make_loader(config, data, config.data.support)
@@ -335,12 +387,7 @@ def fit_one_stage(
             steps_per_epoch=steps_per_epoch(config, loader),
             evaluate=_evaluation(data, lambda: _student_metrics(config, model, data)),
         )
-    spare = copy.deepcopy(teacher) if config.strategy == "fsdp" else None
-    result = _finish(stage, model, loader, config, None if out is None else Path(out), resume)
-    model.eval()
-    if spare is not None:
-        spare.load_state_dict(distributed.full_state(teacher))
-    return result, (spare or teacher).eval()
+    return stage, model, loader
 
 
 def _student_metrics(config: TrainConfig, model: LCR2S, data: TrainingData) -> Retrieval:
