@@ -13,6 +13,7 @@ go between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is one of th
 import argparse
 import csv
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -231,6 +232,16 @@ def _draw_panel(axes: "Axes", panel: Panel, figure: Curves, colours: dict[str, s
     axes.set_title(panel.label, loc="left", fontsize=9)
 
 
+def did_not_run(figure: Curves) -> list[str]:
+    """Lines that name the candidates without any time and why; reasons that differ in a name alone are shortened."""
+    words = []
+    for name, points in figure.rows.items():
+        note = points[0][1]["note"]
+        if not any(row["ms"] for _, row in points):
+            words.append(f"{name} ({'not installed' if 'is not installed' in note else short(note)})")
+    return textwrap.wrap(f"did not run: {'; '.join(words)}", 60 * len(PANELS)) if words else []
+
+
 def draw(figure: Curves, machine: str) -> "Figure":
     """The figure of one group of curves."""
     from matplotlib.figure import Figure
@@ -240,7 +251,7 @@ def draw(figure: Curves, machine: str) -> "Figure":
     panels = [panel for panel in PANELS if any(panel.value(row) for row in rows)]
     colours = _colours(figure.rows)
     ran = [name for name, points in figure.rows.items() if any(row["ms"] for _, row in points)]
-    absent = {name: points[0][1]["note"] for name, points in figure.rows.items() if name not in ran}
+    absent = did_not_run(figure)
     below = 0.2 * ((len(ran) + 2) // 3 + len(absent))
     height = 3.9 + below
     canvas = Figure(figsize=(3.6 * len(panels) + 0.4, height))
@@ -268,8 +279,7 @@ def draw(figure: Curves, machine: str) -> "Figure":
         bbox_to_anchor=(0.006, 0.2 * len(absent) / height),
         borderaxespad=0.2,
     )
-    for line, (name, note) in enumerate(absent.items()):
-        words = f"{name}: {note if len(note) <= 120 else note[:117] + '...'}"
+    for line, words in enumerate(reversed(absent)):
         canvas.text(0.012, (0.06 + 0.2 * line) / height, words, fontsize=7, color="#777777")
     return canvas
 

@@ -65,8 +65,8 @@ SWEEPS["cpu", "full"] = {
         ["--batch", "1024", "4096", "--loss", "cmpm", "tal", *TWIN, "--compile", "--rounds", "3", *BOTH],
     ],
     "relation": [
-        ["--batch", "1024", "4096", "--compile", "--rounds", "3", *BOTH],
-        ["--batch", "8192", "--rounds", "2", *BOTH],
+        ["--batch", "1024", "4096", *PUBLISHED, "--compile", "--rounds", "3", *BOTH],
+        ["--batch", "8192", *PUBLISHED, "--rounds", "2", *BOTH],
     ],
     "retrieval": [["--rounds", "3"]],
 }
