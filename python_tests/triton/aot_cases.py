@@ -9,18 +9,23 @@ from torch import Tensor
 
 from lcr2s_ext.triton import retrieval
 
+ARCHITECTURES = (80, 90, 100)
+
 
 @dataclass(frozen=True)
 class Case:
     """One call of torch.ops.lcr2s_triton.`op`.
 
     `arguments` makes its arguments, with tensors on the meta device; `wgmma` names the kernels that must use the
-    tensor cores' `wgmma` on sm_90.
+    tensor cores' `wgmma` on sm_90. `loads` is how tiles are loaded, `architectures` are the GPUs for which this says
+    something that other cases do not.
     """
 
     op: str
     arguments: Callable[[], tuple[Any, ...]]
     wgmma: frozenset[str] = frozenset()
+    loads: str = "pointers"
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,10 +122,21 @@ CASES += [
         ("sdm", torch.float32, frozenset()),
     )
 ]
+KL_TILES = frozenset({"similarity_statistics_kernel", "relation_kl_kernel"})
 CASES += [
     Case("relation_kl", lambda shape=shape: divergence(*shape), tiles)
     for shape, tiles in (
-        ((torch.bfloat16, 1024, 512, 768, 1 << 19), frozenset({"similarity_statistics_kernel", "relation_kl_kernel"})),
+        ((torch.bfloat16, 1024, 512, 768, 1 << 19), KL_TILES),
         ((torch.float32, 1000, 512, 768, 1 << 26), frozenset()),  # cosines kept
+    )
+]
+CASES += [
+    Case(op, lambda make=make, shape=shape: make(*shape), tiles, loads, architectures)
+    for op, make, shape, tiles, loads, architectures in (
+        ("sdm", similarity, ("sdm", torch.bfloat16, 1024, 600, 512), SIMILARITY_TILES, "tma", (90,)),
+        ("relation_kl", divergence, (torch.bfloat16, 1024, 512, 768, 1 << 19), KL_TILES, "tma", (90,)),
+        ("topk_similarity", topk, (torch.bfloat16, 6156, 3074, 512), TOPK_TILES, "tma", (90,)),
+        ("topk_similarity", topk, (torch.bfloat16, 6156, 3074, 512), TOPK_TILES, "specialized", (90, 100)),
+        ("retrieval_metrics", metrics, (torch.bfloat16, 6156, 3074, 512), METRICS_TILES, "tma", (90,)),
     )
 ]

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from aot_cases import CASES, Case
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lcr2s_ext.triton import MODULES, _launch, load
+from lcr2s_ext.triton import MODULES, _launch, load, tile_loads
 
-ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -53,7 +51,7 @@ class Launch:
 
     def variant(self) -> tuple[Any, ...]:
         """What tells its binary from others', but for what triton makes of the values of integers."""
-        kinds = tuple(arg.dtype if isinstance(arg, torch.Tensor) else type(arg) for arg in self.args)
+        kinds = tuple((type(arg), getattr(getattr(arg, "base", arg), "dtype", None)) for arg in self.args)
         wgmma = self.kernel_name() in self.case.wgmma
         return self.kernel_name(), self.architecture, kinds, tuple(sorted(self.options.items())), wgmma
 
@@ -78,7 +76,10 @@ def launches(case: Case, architecture: int) -> list[Launch]:
     for module in [m for name, m in sys.modules.items() if name.startswith("lcr2s_ext.triton.")]:
         if hasattr(module, "wrap_triton"):
             module.wrap_triton = Recorder
-    _launch.BODIES[case.op](*case.arguments())
+    # As in an eager call: torch would record a launch outside of one.
+    _launch.is_traced = lambda kernel: False
+    with tile_loads(case.loads):
+        _launch.BODIES[case.op](*case.arguments())
     return recorded
 
 
@@ -108,6 +109,14 @@ def describe(launch: Launch, kernel: Any, result: Any) -> dict[str, Any]:
         "architecture": launch.architecture,
         "threads": 32 * result.metadata.num_warps,
         "shared": result.metadata.shared,
+        "loads": launch.options.get("LOADS", 0),
+        "tma": "cp.async.bulk.tensor" in result.asm["ptx"],
+        # (block of the descriptor, block in shared memory) of every copy.
+        "copies": re.findall(
+            r"async_tma_copy_global_to_local .*tensordesc<(?:tensor<)?([\dx]+)x.*-> !ttg.memdesc<([\dx]+)x",
+            result.asm["ttgir"],
+        ),
+        "specialized": "ttg.warp_specialize(" in result.asm["ttgir"] and "setmaxnreg" in result.asm["ptx"],
         "wgmma": "wgmma.mma_async" in result.asm["ptx"],
         "products": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.\S+", result.asm["ptx"]))),
         "wants_wgmma": kernel.__name__ in launch.case.wgmma,
@@ -119,7 +128,7 @@ def main() -> None:
     for module in sorted(set(MODULES.values())):
         load(module)
     index, count = int(sys.argv[1]), int(sys.argv[2])
-    every = [launch for case in CASES for architecture in ARCHITECTURES for launch in launches(case, architecture)]
+    every = [launch for case in CASES for architecture in case.architectures for launch in launches(case, architecture)]
     different = {launch.variant(): launch for launch in every}
     for launch in list(different.values())[index::count]:
         for kernel, result in compiled(launch):
