@@ -6,7 +6,7 @@ OUT ?= demo_out
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup build demo test gpu sanitize emulate emulate-sanitize resources lint format types wheel clean
+.PHONY: setup build demo test benchmark gpu sanitize emulate emulate-sanitize resources lint format types wheel clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,12 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Everything that docs/performance.md shows of this machine's processor, in about twenty minutes on two otherwise idle cores:
+# benchmarks/results/<machine>.csv, docs/plots and the tables of the page.
+BENCHMARK_MINUTES ?= 20
+benchmark: build
+	$(BIN)/python benchmarks/run.py --full --report --minutes $(BENCHMARK_MINUTES)
 
 # On a CUDA machine, from a bare tree, with the python on PATH: build, tests on CUDA and Triton, compute-sanitizer and the
 # benchmark sweep, in under nine minutes. Logs, results.csv and summary.txt go to OUT.
