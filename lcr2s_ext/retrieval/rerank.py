@@ -66,7 +66,8 @@ class KReciprocal:
     d is 1 - cosine (at least 0). That V is normalised and holds the row itself is the authors' code rather than the
     paper; their code also divides d by the largest distance of the row, which is not done here: d has its fixed scale.
 
-    Encodings are sparse and everything is done in blocks: besides the features, memory is O(N k1) and some tens of MB.
+    Encodings are sparse and everything is done in blocks: besides the features, memory is O(N k1) and that of some
+    blocks of two million elements; the N x N and Q x P matrices are never formed.
 
     Args:
         query: ``(Q, d)`` features, normalised inside.

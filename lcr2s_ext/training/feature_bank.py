@@ -95,12 +95,14 @@ class FeatureBank(nn.Module):
             For each modality the ``n`` distinct bank rows drawn, and ``B`` sets, self first, over a pool of the ``B``
             anchors followed by those rows.
         """
-        same = labels[:, None] == self.labels
+        held = torch.isin(self.labels, labels).nonzero()[:, 0]
+        same = labels[:, None] == self.labels[held]
         made = []
         for stream, (own, ids, newest) in enumerate(
             ((items, self.items, self.newest_item), (samples, self.samples, self.newest_sample))
         ):
-            row, column = (same & newest & (own[:, None] != ids)).nonzero(as_tuple=True)
+            row, column = (same & newest[held] & (own[:, None] != ids[held])).nonzero(as_tuple=True)
+            column = held[column]
             lot = counter_bits(
                 self.seed, torch.tensor(2 * epoch + stream, device=row.device), samples[row], ids[column]
             )

@@ -143,6 +143,24 @@ def test_evaluate_prints_a_table_of_both_directions(
     assert "image to text" in out
 
 
+def test_evaluate_labels_what_is_re_ranked(corpus: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"evaluate --model {trained} --dataset cuhk-pedes --root {corpus} --rerank 5 2 0.4".split()
+    assert run(*words) == 0
+    plain, again = capsys.readouterr().out.split("test, re-ranked, k1=5, k2=2, lambda=0.4 (%)")
+    assert plain.startswith("test (%)")
+    assert all(part.count("text to image") == part.count("image to text") == 1 for part in (plain, again))
+    assert run(*words, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["reranked"]["k1"] == 5
+    assert printed["reranked"]["queries"] == printed["queries"]
+    saved = json.loads((trained / "results.json").read_text())["test"]["text_to_image"]
+    assert printed["mAP"] == pytest.approx(saved["mAP"])
+    assert printed["reranked"]["mAP"] != printed["mAP"]
+    for wrong in ("5 2", "0 2 0.3", "5 2 1.5", "2.5 2 0.3"):
+        assert run(*words[:-4], "--rerank", *wrong.split()) == 2
+        assert "--rerank" in capsys.readouterr().err
+
+
 def test_resume_of_a_finished_run_trains_nothing(
     corpus: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
