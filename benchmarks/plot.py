@@ -404,6 +404,25 @@ def note_list(rows: Sequence[Row]) -> str:
     return "\n".join(lines) or "None."
 
 
+CLOSE = 1.1
+
+
+def not_won(rows: Sequence[Row]) -> str:
+    """Candidates that took less than CLOSE times our time."""
+    lines = []
+    for row in rows:
+        if _trains(row) or row["axis"] or is_ours(row["candidate"]) or not row["ratio"]:
+            continue
+        if _number(row["ratio"]) < CLOSE:
+            size = row["rows"] if row["rows"] == row["columns"] else f"{row['rows']} x {row['columns']}"
+            operator = f"{TITLES.get(row['op'], row['op'])}, {row['part']}"
+            lines.append(
+                [operator, size, row["width"], row["dtype"], row["candidate"], f"{_number(row['ratio']):.2f}x"]
+            )
+    header = ["operator", "rows", "width", "dtype", "candidate", "its time over ours"]
+    return _markdown(header, lines) if lines else f"No candidate took less than {CLOSE} times our time."
+
+
 def training_table(rows: Sequence[Row]) -> str:
     """Steps and epochs: samples per second, ratio to the plain dual encoder, memory of a step."""
     epochs = {row["candidate"]: row for row in training_rows(rows, "training epoch")}
@@ -453,6 +472,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "machine": machine_line,
     "operators": operator_tables,
     "notes": note_list,
+    "not won": not_won,
     "training": training_table,
     "profile": profile_table,
     "scaling": scaling_table,
