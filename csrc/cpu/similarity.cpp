@@ -506,7 +506,6 @@ static Uniform<T> uniform_scale(const SimilarityArgs& args) {
       return {scale, static_cast<double>(scale)};
     }
     case SimilarityLoss::tal:
-      if (args.logit_scale != nullptr) return {*static_cast<const T*>(args.logit_scale), 1.0};
       return {static_cast<T>(1.0 / args.tau), 1.0};
     case SimilarityLoss::cmpm:
       break;

@@ -153,6 +153,11 @@ void check_eps(const char* op, double eps) {
         eps);
 }
 
+void check_tau(const char* op, double tau) {
+  check(tau > 0 && tau < std::numeric_limits<double>::infinity(), op, "`tau` must be a finite number above 0, got ",
+        tau);
+}
+
 Tensor logit_scale_of(const char* op, const Tensor& logit_scale, ScalarType dtype) {
   check_cpu(op, "logit_scale", logit_scale);
   check_dim(op, "logit_scale", logit_scale, 0);
@@ -201,8 +206,7 @@ LossAndGradients tal(Tensor image, Tensor text, Tensor image_ids, Tensor text_id
                      int64_t workspace_bytes, bool need_image, bool need_text) {
   Similarity call("tal", image, text, image_ids, text_ids, workspace_bytes, need_image, need_text);
   check(margin - margin == 0, "tal", "`margin` must be finite, got ", margin);
-  check(tau > 0 && tau < std::numeric_limits<double>::infinity(), "tal", "`tau` must be a finite number above 0, got ",
-        tau);
+  check_tau("tal", tau);
   cpu::SimilarityArgs args = call.args(cpu::SimilarityLoss::tal);
   args.margin = margin;
   args.tau = tau;
@@ -216,10 +220,13 @@ cpu::SimilarityLoss loss_of(const char* op, int64_t loss) {
 }
 
 std::tuple<Tensor, Tensor> similarity_statistics(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids,
-                                                 Tensor logit_scale, int64_t loss, int64_t workspace_bytes) {
+                                                 Tensor logit_scale, int64_t loss, double tau,
+                                                 int64_t workspace_bytes) {
   constexpr const char* op = "similarity_statistics";
   Similarity call(op, image, text, image_ids, text_ids, workspace_bytes, false, false);
+  check_tau(op, tau);
   cpu::SimilarityArgs args = call.args(loss_of(op, loss));
+  args.tau = tau;
   const Tensor scale = logit_scale_of(op, logit_scale, call.dtype());
   const int64_t fields = cpu::similarity_statistics(args.kind);
   Tensor of_images = call.empty({fields, image.size(0)}), of_texts = call.empty({fields, text.size(0)});
@@ -240,11 +247,13 @@ Tensor coefficients_of(const char* op, const char* name, const Tensor& coefficie
 }
 
 LossAndGradients similarity_gradients(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, Tensor logit_scale,
-                                      Tensor image_coefficients, Tensor text_coefficients, int64_t loss,
+                                      Tensor image_coefficients, Tensor text_coefficients, int64_t loss, double tau,
                                       int64_t workspace_bytes, bool need_image, bool need_text, bool need_scale) {
   constexpr const char* op = "similarity_gradients";
   Similarity call(op, image, text, image_ids, text_ids, workspace_bytes, need_image, need_text);
+  check_tau(op, tau);
   cpu::SimilarityArgs args = call.args(loss_of(op, loss));
+  args.tau = tau;
   const Tensor scale = logit_scale_of(op, logit_scale, call.dtype());
   const Tensor of_images = coefficients_of(op, "image_coefficients", image_coefficients, image.size(0), call.dtype());
   const Tensor of_texts = coefficients_of(op, "text_coefficients", text_coefficients, text.size(0), call.dtype());
@@ -276,14 +285,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr2s, m) {
   m.def(
       "tal(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, float margin, float tau, "
       "int workspace_bytes, bool need_image, bool need_text) -> (Tensor loss, Tensor grad_image, Tensor grad_text)");
-  // The two passes over a block of a larger matrix. `loss`: 0 InfoNCE, 1 SDM, 2 CMPM, 3 TAL (logit_scale 1 / tau).
+  // The two passes over a block of a larger matrix. `loss`: 0 InfoNCE, 1 SDM, 2 CMPM, 3 TAL, which alone has tau.
   m.def(
       "similarity_statistics(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, Tensor logit_scale, "
-      "int loss, int workspace_bytes) -> (Tensor of_images, Tensor of_texts)");
+      "int loss, float tau, int workspace_bytes) -> (Tensor of_images, Tensor of_texts)");
   m.def(
       "similarity_gradients(Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, Tensor logit_scale, "
-      "Tensor image_coefficients, Tensor text_coefficients, int loss, int workspace_bytes, bool need_image, "
-      "bool need_text, bool need_scale) -> (Tensor grad_image, Tensor grad_text, Tensor grad_scale)");
+      "Tensor image_coefficients, Tensor text_coefficients, int loss, float tau, int workspace_bytes, "
+      "bool need_image, bool need_text, bool need_scale) -> (Tensor grad_image, Tensor grad_text, Tensor grad_scale)");
 }
 
 #ifndef LCR2S_EMULATE_CUDA

@@ -4,6 +4,7 @@ The compiled kernels never form the B x N matrices: memory is O((B + N) d + d^2)
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,18 +117,21 @@ class _ReferenceKlPasses:
         return reference.relation_kl_gradients(*args[:10])
 
 
-def _kl_passes(backend: str) -> Any:
-    """The namespace with the two passes of `backend`, None where it has none."""
+def _kl_passes(backend: str) -> tuple[Any, float] | None:
+    """The namespace with the two passes of `backend` and the unit in which they count logits; None: it has none."""
     if backend == "reference":
-        return _ReferenceKlPasses
-    if backend != "triton" and _library.has_kernel("relation_kl_statistics", backend):
-        return _kl_operators(backend)
+        return _ReferenceKlPasses, 1.0
+    if backend == "triton":
+        return _kl_operators(backend), math.log(2)
+    if _library.has_kernel("relation_kl_statistics", backend):
+        return _kl_operators(backend), 1.0
     return None
 
 
 def _group_kl(
     group: ProcessGroup,
     passes: Any,
+    unit: float,
     features: tuple[Tensor, Tensor, Tensor, Tensor],
     student_scale: Tensor,
     teacher_scale: Tensor,
@@ -146,6 +150,7 @@ def _group_kl(
     scales = student_scale.detach(), teacher_scale
     block = (text, soft_text)
     ring = _distributed.travels_in_ring(group, block, _gradient(text, dtype, True) if needs[1] else None, workspace)
+    merge = functools.partial(reference.merge_kl_statistics, unit=unit)
     of_rows: list[Tensor] = []
 
     def statistics(block: Sequence[Tensor]) -> Tensor:
@@ -154,8 +159,8 @@ def _group_kl(
         return columns.T
 
     with torch.no_grad():
-        of_columns = _distributed.pass_over(group, ring, block, statistics, reference.merge_kl_statistics)
-        whole_rows = functools.reduce(reference.merge_kl_statistics, of_rows).T.contiguous()
+        of_columns = _distributed.pass_over(group, ring, block, statistics, merge)
+        whole_rows = functools.reduce(merge, of_rows).T.contiguous()
         weights = [1 / (group.size() * side.shape[0]) for side in (image, text)]
         of_image: list[Tensor] = []
         # Of the loss and of the gradient of the scale, block by block.
@@ -238,7 +243,7 @@ def relation_kl_loss(
     group = _distributed.check_group(group)
     if group is not None:
         if (passes := _kl_passes(chosen)) is not None:
-            return _group_kl(group, passes, features, student, teacher)
+            return _group_kl(group, *passes, features, student, teacher)
         gathered = _distributed.gather(group, dict(zip(_FEATURES, features, strict=True)))
         features = (gathered[0], gathered[1], gathered[2], gathered[3])
         student = _distributed.share(group, student)
@@ -333,9 +338,8 @@ def _register_frobenius(namespace: str) -> None:
 def _register_kl(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::relation_kl", _fake_kl)
     _registration.register_scalar_loss(namespace, "relation_kl", (0, 1, 4))
-    if namespace == _registration.COMPILED:
-        _registration.register_pass(namespace, "relation_kl_statistics", _fake_kl_statistics)
-        _registration.register_pass(namespace, "relation_kl_gradients", _fake_kl_gradients)
+    _registration.register_pass(namespace, "relation_kl_statistics", _fake_kl_statistics)
+    _registration.register_pass(namespace, "relation_kl_gradients", _fake_kl_gradients)
 
 
 _frobenius_operators = _registration.Operators("relation_frobenius", _register_frobenius)

@@ -4,6 +4,7 @@ The compiled kernels stream the matrix through a bounded workspace: memory is O(
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,22 +67,22 @@ class _ReferencePasses:
     """The reference's passes under the operators' signatures."""
 
     @staticmethod
-    def similarity_statistics(
-        image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor, logit_scale: Tensor, loss: int, _: int
-    ) -> tuple[Tensor, Tensor]:
-        return reference.similarity_statistics(image, text, image_ids, text_ids, logit_scale, loss)
+    def similarity_statistics(*args: Any) -> tuple[Tensor, Tensor]:
+        return reference.similarity_statistics(*args[:7])
 
     @staticmethod
     def similarity_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return reference.similarity_gradients(*args[:8])
+        return reference.similarity_gradients(*args[:9])
 
 
-def _passes(backend: str) -> Any:
-    """The namespace with the two passes of `backend`, None where it has none."""
+def _passes(backend: str) -> tuple[Any, float] | None:
+    """The namespace with the two passes of `backend` and the unit in which they count logits; None: it has none."""
     if backend == "reference":
-        return _ReferencePasses
-    if backend != "triton" and _library.has_kernel("similarity_statistics", backend):
-        return _operators(backend)
+        return _ReferencePasses, 1.0
+    if backend == "triton":
+        return _operators(backend), math.log(2)
+    if _library.has_kernel("similarity_statistics", backend):
+        return _operators(backend), 1.0
     return None
 
 
@@ -91,7 +92,7 @@ def _constant(value: float, image: Tensor, text: Tensor) -> Tensor:
 
 def _group_loss(
     group: ProcessGroup,
-    passes: Any,
+    passes: tuple[Any, float],
     loss: int,
     image: Tensor,
     text: Tensor,
@@ -120,7 +121,7 @@ def _group_loss(
     with torch.no_grad():
         result, gradients = _group_loss_and_gradients(
             group,
-            passes,
+            *passes,
             loss,
             (image.detach(), text.detach(), image_ids, text_ids, logit_scale.detach()),
             needs,
@@ -134,6 +135,7 @@ def _group_loss(
 def _group_loss_and_gradients(
     group: ProcessGroup,
     passes: Any,
+    unit: float,
     loss: int,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     needs: Sequence[bool],
@@ -143,19 +145,20 @@ def _group_loss_and_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     image, text, image_ids, text_ids, scale = tensors
     dtype = _statistics(image, text)
-    merge = functools.partial(reference.merge_statistics, loss=loss)
+    tau = options["tau"]
+    merge = functools.partial(reference.merge_statistics, loss=loss, unit=unit)
     block = (text, text_ids)
     ring = _distributed.travels_in_ring(group, block, _gradient(text, dtype, True) if needs[1] else None, workspace)
     of_images: list[Tensor] = []
 
     def statistics(block: Sequence[Tensor]) -> Tensor:
-        rows, columns = passes.similarity_statistics(image, block[0], image_ids, block[1], scale, loss, workspace)
+        rows, columns = passes.similarity_statistics(image, block[0], image_ids, block[1], scale, loss, tau, workspace)
         of_images.append(rows.T)
         return columns.T
 
     of_texts = _distributed.pass_over(group, ring, block, statistics, merge)
     finished = [
-        reference.finish_statistics(side, entries, loss, **options)
+        reference.finish_statistics(side, entries, loss, unit, **options)
         for side, entries in ((functools.reduce(merge, of_images), sizes[1]), (of_texts, sizes[0]))
     ]
     # Losses and numbers of rows with a positive, of images and of texts.
@@ -187,6 +190,7 @@ def _group_loss_and_gradients(
             coefficients[0].T.contiguous(),
             of_texts.T.contiguous(),
             loss,
+            tau,
             workspace,
             *needs,
         )
@@ -455,7 +459,7 @@ def tal_loss(
             text,
             image_ids,
             text_ids,
-            _constant(1.0 / tau, image, text),
+            _constant(1.0, image, text),
             margin=margin,
             tau=tau,
         )
@@ -543,6 +547,7 @@ def _fake_statistics(
     text_ids: Tensor,
     logit_scale: Tensor,
     loss: int,
+    tau: float,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     dtype = _statistics(image, text)
@@ -559,6 +564,7 @@ def _fake_gradients(
     image_coefficients: Tensor,
     text_coefficients: Tensor,
     loss: int,
+    tau: float,
     workspace_bytes: int,
     need_image: bool,
     need_text: bool,
@@ -582,9 +588,8 @@ def _register(namespace: str) -> None:
     ):
         torch.library.register_fake(f"{namespace}::{op}", fake)
         _registration.register_scalar_loss(namespace, op, differentiable)
-    if namespace == _registration.COMPILED:
-        _registration.register_pass(namespace, "similarity_statistics", _fake_statistics)
-        _registration.register_pass(namespace, "similarity_gradients", _fake_gradients)
+    _registration.register_pass(namespace, "similarity_statistics", _fake_statistics)
+    _registration.register_pass(namespace, "similarity_gradients", _fake_gradients)
 
 
 _operators = _registration.Operators("similarity", _register)

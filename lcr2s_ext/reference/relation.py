@@ -75,13 +75,13 @@ def relation_kl_statistics(
         return torch.stack([*_sums(x), *_sums(z)]), torch.stack([*_sums(x.T), *_sums(z.T)])
 
 
-def merge_kl_statistics(first: Tensor, second: Tensor) -> Tensor:
-    """Statistics (rows, 4) of two blocks as those of both."""
+def merge_kl_statistics(first: Tensor, second: Tensor, unit: float = 1.0) -> Tensor:
+    """Statistics (rows, 4) of two blocks as those of both; their logits are counted in `unit`."""
     merged = []
     for model in (slice(0, 2), slice(2, 4)):
         (shift, total), (other_shift, other_total) = first[:, model].unbind(1), second[:, model].unbind(1)
         top = torch.maximum(shift, other_shift)
-        merged += [top, total * (shift - top).exp() + other_total * (other_shift - top).exp()]
+        merged += [top, total * (unit * (shift - top)).exp() + other_total * (unit * (other_shift - top)).exp()]
     return torch.stack(merged, 1)
 
 

@@ -118,11 +118,13 @@ FIELDS = (4, 5, 5, 6)
 _LOWEST = -1e30
 
 
-def _logits(image: Tensor, text: Tensor, logit_scale: Tensor, loss: int) -> tuple[Tensor, Tensor]:
+def _logits(image: Tensor, text: Tensor, logit_scale: Tensor, loss: int, tau: float) -> tuple[Tensor, Tensor]:
     """Logits of the rows (B, N) and of the columns (N, B)."""
     cosine, image_norm, text_norm = _cosine(image, text)
     if loss == CMPM:
         return image_norm * cosine, text_norm * cosine.T
+    if loss == TAL:
+        return cosine / tau, cosine.T / tau
     return logit_scale * cosine, logit_scale * cosine.T
 
 
@@ -144,7 +146,7 @@ def _row_statistics(x: Tensor, positive: Tensor, loss: int) -> Tensor:
 
 
 def similarity_statistics(
-    image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor, logit_scale: Tensor, loss: int
+    image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor, logit_scale: Tensor, loss: int, tau: float
 ) -> tuple[Tensor, Tensor]:
     """Statistics of the rows (fields, B) and of the columns (fields, N) of a block, for :func:`merge_statistics`.
 
@@ -155,24 +157,25 @@ def similarity_statistics(
     Args:
         image, text: (B, d) and (N, d) features.
         image_ids, text_ids: (B,) and (N,) identities.
-        logit_scale: () factor of the cosines, 1 / tau for TAL; CMPM has none.
+        logit_scale: () factor of the cosines, of InfoNCE and SDM.
         loss: INFO_NCE, SDM, CMPM or TAL.
+        tau: temperature of TAL.
     """
     with torch.autocast(image.device.type, enabled=False), torch.no_grad():
         positive = _positive(image_ids, text_ids)
-        x, y = _logits(image, text, logit_scale, loss)
+        x, y = _logits(image, text, logit_scale, loss, tau)
         return _row_statistics(x, positive, loss), _row_statistics(y, positive.T, loss)
 
 
-def merge_statistics(first: Tensor, second: Tensor, loss: int) -> Tensor:
-    """Statistics (rows, fields) of two blocks as those of both."""
+def merge_statistics(first: Tensor, second: Tensor, loss: int, unit: float = 1.0) -> Tensor:
+    """Statistics (rows, fields) of two blocks as those of both; their logits are counted in `unit`."""
     a, b = first.unbind(1), second.unbind(1)
     maxima = 2 if loss == TAL else 1
     tops = [torch.maximum(a[g], b[g]) for g in range(maxima)]
     sums: list[Tensor] = [torch.zeros_like(tops[0])] * (len(a) - maxima)
     for part in (a, b):
         shift = [part[g] - tops[g] for g in range(maxima)]
-        by = [s.exp() for s in shift]
+        by = [(unit * s).exp() for s in shift]
         if loss == INFO_NCE:
             moved = [by[0] * part[1], part[2]]
         elif loss == TAL:
@@ -184,10 +187,21 @@ def merge_statistics(first: Tensor, second: Tensor, loss: int) -> Tensor:
 
 
 def finish_statistics(
-    statistics: Tensor, entries: int, loss: int, *, eps: float, l2_target: bool, margin: float, tau: float
+    statistics: Tensor,
+    entries: int,
+    loss: int,
+    unit: float = 1.0,
+    *,
+    eps: float,
+    l2_target: bool,
+    margin: float,
+    tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From statistics (rows, fields) of whole rows of `entries` columns, all in float64: the sum of the rows' losses
-    without their weight, the number of rows with a positive, and (rows, 4) coefficients for :func:`weigh`."""
+    without their weight, the number of rows with a positive, and (rows, 4) coefficients for :func:`weigh`.
+
+    Maxima among the coefficients are in the unit of the statistics.
+    """
     fields = statistics.double().unbind(1)
     count = fields[-1]
     has_positive = (count > 0).double()
@@ -195,12 +209,12 @@ def finish_statistics(
     if loss == INFO_NCE:
         top, total, of_positive, _ = fields
         # Multiplied, not selected: NaN in a row that is left out still shows.
-        losses = has_positive * (top + total.log() - of_positive / number)
+        losses = has_positive * (unit * (top - of_positive / number) + total.log())
         coefficients = [top, has_positive / total, has_positive / number, torch.zeros_like(top)]
     elif loss == TAL:
         top, other_top, of_positive, first, of_negative, _ = fields
         valid = (count > 0) & (count < entries)
-        hinge = margin - tau * (top + first / of_positive) + tau * (other_top + of_negative.log())
+        hinge = margin - tau * unit * (top + first / of_positive) + tau * (unit * other_top + of_negative.log())
         active = valid & ~(hinge <= 0)
         losses = torch.where(valid, torch.where(hinge <= 0, 0.0, hinge), 0.0 * (of_positive + of_negative))
         coefficients = [
@@ -214,7 +228,7 @@ def finish_statistics(
         total = of_positive + of_negative
         log_other = torch.full_like(top, eps).log()
         log_target = torch.where(count > 0, (1.0 / (number.sqrt() if l2_target else number) + eps).log(), log_other)
-        losses = (first - log_target * of_positive - log_other * of_negative) / total - total.log()
+        losses = (unit * first - log_target * of_positive - log_other * of_negative) / total - total.log()
         coefficients = [top, 1.0 / total, total.log() + log_target + losses, total.log() + log_other + losses]
     return losses.sum(), has_positive.sum(), torch.stack(coefficients, 1)
 
@@ -226,7 +240,7 @@ def weigh(coefficients: Tensor, weight: Tensor, loss: int) -> Tensor:
 
 
 def _logit_gradient(x: Tensor, positive: Tensor, coefficients: Tensor, loss: int) -> Tensor:
-    """dL/dx of rows from their coefficients (4, rows); for TAL tau dL/dx."""
+    """dL/dx of rows from their coefficients (4, rows); for TAL dL/dx / tau."""
     c = [coefficient[:, None] for coefficient in coefficients]
     if loss == TAL:
         return (x - torch.where(positive, c[0], c[2])).exp() * torch.where(positive, c[1], c[3])
@@ -245,21 +259,22 @@ def similarity_gradients(
     image_coefficients: Tensor,
     text_coefficients: Tensor,
     loss: int,
+    tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a block contributes to the gradients of its images (B, d), of its texts (N, d) and of the logit scale ().
 
     Args:
-        image, text, image_ids, text_ids, logit_scale, loss: as :func:`similarity_statistics`.
+        image, text, image_ids, text_ids, logit_scale, loss, tau: as :func:`similarity_statistics`.
         image_coefficients, text_coefficients: (4, B) and (4, N), weighed.
     """
     with torch.autocast(image.device.type, enabled=False), torch.enable_grad():
         dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
         leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (image, text, logit_scale)]
         positive = _positive(image_ids, text_ids)
-        x, y = _logits(leaves[0], leaves[1], leaves[2], loss)
+        x, y = _logits(leaves[0], leaves[1], leaves[2], loss, tau)
         of_x = _logit_gradient(x.detach(), positive, image_coefficients, loss)
         of_y = _logit_gradient(y.detach(), positive.T, text_coefficients, loss)
         if loss == TAL:
-            of_x, of_y = of_x / leaves[2].detach(), of_y / leaves[2].detach()
+            of_x, of_y = tau * of_x, tau * of_y
         found = torch.autograd.grad([x, y], leaves, [of_x, of_y], allow_unused=True, materialize_grads=True)
         return found[0], found[1], found[2]

@@ -10,6 +10,7 @@ the loss squared.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from torch import Tensor
 from lcr2s_ext import _checks
 from lcr2s_ext.triton import _tiles
 from lcr2s_ext.triton._launch import operator, wrap_triton
-from lcr2s_ext.triton._tiles import TILE, SlabProducts
+from lcr2s_ext.triton._tiles import TILE, PackedRows, SlabProducts, TileShape
 from lcr2s_ext.triton.similarity import (
     BY_SCALE,
     LN2,
@@ -136,6 +137,8 @@ def relation_kl_kernel(
     columns,
     padded_rows,
     padded_columns,
+    row_weight,
+    column_weight,
     KEPT: tl.constexpr,
     STORE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -183,8 +186,6 @@ def relation_kl_kernel(
     teacher_factor = tl.load(teacher_scale)
     student_shifted = is_shifted(student_factor * LOG2E, BY_SCALE)
     teacher_shifted = is_shifted(teacher_factor * LOG2E, BY_SCALE)
-    row_weight = 1.0 / rows
-    column_weight = 1.0 / columns
     of_row = row_coefficients + row
     row_sum = tl.zeros([TILE_ROWS], tl.float32)
     column_sum = tl.zeros([TILE_ROWS], tl.float32)
@@ -231,6 +232,86 @@ def relation_kl_kernel(
     tl.store(out + 2 * tiles, tl.sum(scale_sum, 0))
 
 
+class _Packed(NamedTuple):
+    """A call's tensors as the kernels take them: image, text, scale and tile of the student, then of the teacher."""
+
+    dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    models: tuple[tuple[PackedRows, PackedRows, Tensor, TileShape], tuple[PackedRows, PackedRows, Tensor, TileShape]]
+
+
+def _pack(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+    workspace_bytes: int,
+) -> _Packed:
+    check_features(
+        student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text
+    )
+    _checks.check_size("student_text", student_text, 1, student_image.shape[1], "width of `student_image`")
+    _checks.check_size("teacher_text", teacher_text, 1, teacher_image.shape[1], "width of `teacher_image`")
+    _checks.check_size("teacher_image", teacher_image, 0, student_image.shape[0], "rows of `student_image`")
+    _checks.check_size("teacher_text", teacher_text, 0, student_text.shape[0], "rows of `student_text`")
+    check_scale("student_scale", student_scale, student_image)
+    check_scale("teacher_scale", teacher_scale, student_image)
+    check_workspace(workspace_bytes)
+    dtype, teacher_dtype = packed_dtype(student_image, student_text), packed_dtype(teacher_image, teacher_text)
+
+    def model(image: Tensor, text: Tensor, scale: Tensor, kind: torch.dtype) -> Any:
+        packed = _tiles.pack_rows(image, kind), _tiles.pack_rows(text, kind)
+        return *packed, scale.to(torch.float32), _tiles.tile_shape(kind, image.device)
+
+    student = model(student_image, student_text, student_scale, dtype)
+    return _Packed(dtype, teacher_dtype, (student, model(teacher_image, teacher_text, teacher_scale, teacher_dtype)))
+
+
+class _Sums:
+    """Memory for the first pass over slabs of rows."""
+
+    def __init__(self, packed: _Packed, workspace_bytes: int) -> None:
+        image, text = packed.models[0][:2]
+        rows, columns = image.data.shape[0], text.data.shape[0]
+        shapes = [side[3] for side in packed.models]
+        self.models = packed.models
+        self.slab = min(*(rows_of_statistics(columns, 2 * _FIELDS, shape, workspace_bytes) for shape in shapes), rows)
+        self.begins = range(0, rows, self.slab)
+        self.rows = rows
+        self.row_pieces = [columns // shape.columns * shape.pieces for shape in shapes]
+        empty = image.scalars.new_empty
+        self.row_parts = [empty((pieces, _FIELDS, self.slab)) for pieces in self.row_pieces]
+        self.column_parts = [empty((self.slab // shape.rows + 1, _FIELDS, columns)) for shape in shapes]
+
+    def launch(self, begin: int, cosines: Tensor | None) -> tuple[int, int, list[int]]:
+        """Leave the slab's parts: its rows, and of the columns' parts the first that counts and how many there are."""
+        count = min(self.slab, self.rows - begin)
+        for model, (image, text, scale, shape) in enumerate(self.models):
+            launch_statistics(
+                LOG_SUM.value,
+                image,
+                text,
+                None,
+                scale,
+                0.0,
+                shape,
+                begin,
+                count,
+                self.row_parts[model],
+                self.column_parts[model],
+                None if cosines is None else cosines[model],
+            )
+        # Part 0 of the columns is what the slabs before this one gave.
+        return count, int(begin == 0), [count // side[3].rows + 1 for side in self.models]
+
+    def merge_columns(self, first: int, counts: list[int], columns: int) -> None:
+        """Into part 0."""
+        for parts, count in zip(self.column_parts, counts, strict=True):
+            merge_columns(LOG_SUM.value, parts, first, count, columns)
+
+
 @operator
 def relation_kl(
     student_image: Tensor,
@@ -245,37 +326,16 @@ def relation_kl(
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and gradients of :func:`lcr2s_ext.ops.relation_kl_loss`, as torch.ops.lcr2s.relation_kl."""
-    check_features(
-        student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text
-    )
-    _checks.check_size("student_text", student_text, 1, student_image.shape[1], "width of `student_image`")
-    _checks.check_size("teacher_text", teacher_text, 1, teacher_image.shape[1], "width of `teacher_image`")
-    _checks.check_size("teacher_image", teacher_image, 0, student_image.shape[0], "rows of `student_image`")
-    _checks.check_size("teacher_text", teacher_text, 0, student_text.shape[0], "rows of `student_text`")
-    check_scale("student_scale", student_scale, student_image)
-    check_scale("teacher_scale", teacher_scale, student_image)
-    check_workspace(workspace_bytes)
-    dtype, teacher_dtype = packed_dtype(student_image, student_text), packed_dtype(teacher_image, teacher_text)
-    image, text = _tiles.pack_rows(student_image, dtype), _tiles.pack_rows(student_text, dtype)
-    soft_image, soft_text = (_tiles.pack_rows(side, teacher_dtype) for side in (teacher_image, teacher_text))
+    features = student_image, student_text, teacher_image, teacher_text
+    packed = _pack(*features, student_scale, teacher_scale, workspace_bytes)
+    image, text = packed.models[0][:2]
     rows, columns = image.data.shape[0], text.data.shape[0]
-    student_scale, teacher_scale = student_scale.to(torch.float32), teacher_scale.to(torch.float32)
-    store = need_image or need_text
-
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return student_image.new_empty(size, dtype=dtype)
-
     # float32 cosines are dear; those of halves are formed again sooner than they are read.
-    dear = dtype == teacher_dtype == torch.float32
+    dear = packed.dtype == packed.teacher_dtype == torch.float32
     keep = dear and 2 * 4 * rows * columns <= workspace_bytes
-    cosines = empty(2, rows, columns) if keep else None
-    shape, teacher_shape = (_tiles.tile_shape(kind, student_image.device) for kind in (dtype, teacher_dtype))
-    models = ((image, text, student_scale, shape), (soft_image, soft_text, teacher_scale, teacher_shape))
-    slab = min(*(rows_of_statistics(columns, 2 * _FIELDS, side[3], workspace_bytes) for side in models), rows)
-    row_pieces = [columns // side[3].columns * side[3].pieces for side in models]
-    row_parts = [empty(pieces, _FIELDS, slab) for pieces in row_pieces]
-    column_parts = [empty(slab // side[3].rows + 1, _FIELDS, columns) for side in models]
-    row_coefficients, column_coefficients = empty(_COEFFICIENTS, rows), empty(_COEFFICIENTS, columns)
+    cosines = image.scalars.new_empty((2, rows, columns)) if keep else None
+    row_coefficients = image.scalars.new_empty((_COEFFICIENTS, rows))
+    column_coefficients = image.scalars.new_empty((_COEFFICIENTS, columns))
 
     def finish(parts: list[Tensor], first: int, counts: list[int], begin: int, limit: int, out: Tensor) -> None:
         size = min(parts[0].shape[2], limit - begin)
@@ -294,40 +354,109 @@ def relation_kl(
             num_warps=4,
         )
 
-    for begin in range(0, rows, slab):
-        count = min(slab, rows - begin)
-        for model, side in enumerate(models):
-            launch_statistics(
-                LOG_SUM.value,
-                side[0],
-                side[1],
-                None,
-                side[2],
-                0.0,
-                side[3],
-                begin,
-                count,
-                row_parts[model],
-                column_parts[model],
-                None if cosines is None else cosines[model],
-            )
-        finish(row_parts, 0, row_pieces, begin, image.rows, row_coefficients)
-        # Part 0 of the columns is what the slabs before this one gave.
-        first, counts = int(begin == 0), [count // side[3].rows + 1 for side in models]
+    sums = _Sums(packed, workspace_bytes)
+    for begin in sums.begins:
+        count, first, counts = sums.launch(begin, cosines)
+        finish(sums.row_parts, 0, sums.row_pieces, begin, image.rows, row_coefficients)
         if begin + count < rows:
-            for parts, of_model in zip(column_parts, counts, strict=True):
-                merge_columns(LOG_SUM.value, parts, first, of_model, text.rows)
+            sums.merge_columns(first, counts, text.rows)
         else:
-            finish(column_parts, first, counts, 0, text.rows, column_coefficients)
+            finish(sums.column_parts, first, counts, 0, text.rows, column_coefficients)
+    weights = 1 / image.rows, 1 / text.rows
+    needs = need_image, need_text, need_scale
+    return _gradients(packed, (row_coefficients, column_coefficients), weights, cosines, workspace_bytes, needs)
 
-    products = SlabProducts(image, text, need_image, need_text)
+
+@operator
+def relation_kl_statistics(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """The first pass over a block, as torch.ops.lcr2s.relation_kl_statistics; logits are counted in base 2."""
+    features = student_image, student_text, teacher_image, teacher_text
+    packed = _pack(*features, student_scale, teacher_scale, workspace_bytes)
+    image, text = packed.models[0][:2]
+    of_rows = image.scalars.new_empty((2 * _FIELDS, image.rows))
+    sums = _Sums(packed, workspace_bytes)
+    for begin in sums.begins:
+        count, first, counts = sums.launch(begin, None)
+        inside = min(count, image.rows - begin)
+        for model, (parts, pieces) in enumerate(zip(sums.row_parts, sums.row_pieces, strict=True)):
+            merge_columns(LOG_SUM.value, parts, 0, pieces, inside)
+            of_rows[_FIELDS * model : _FIELDS * (model + 1), begin : begin + inside] = parts[0, :, :inside]
+        sums.merge_columns(first, counts, text.rows)
+    return of_rows, torch.cat([parts[0, :, : text.rows] for parts in sums.column_parts])
+
+
+@operator
+def relation_kl_gradients(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+    row_statistics: Tensor,
+    column_statistics: Tensor,
+    row_weight: float,
+    column_weight: float,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The second pass over a block, as torch.ops.lcr2s.relation_kl_gradients; shifts are counted in base 2."""
+    features = student_image, student_text, teacher_image, teacher_text
+    packed = _pack(*features, student_scale, teacher_scale, workspace_bytes)
+
+    def coefficients(name: str, statistics: Tensor, side: PackedRows) -> Tensor:
+        _checks.check_tensor(name, statistics, "(4, rows)", (torch.float32,))
+        _checks.check_size(name, statistics, 0, 2 * _FIELDS, "statistics of a row")
+        _checks.check_size(name, statistics, 1, side.rows, "rows of that side")
+        _checks.check_like(name, statistics, "student_image", student_image, dtype=False)
+        top, total, teacher_top, teacher_total = statistics.double()
+        delta = LN2.value * (teacher_top - top) + (teacher_total.log() - total.log())
+        rows = torch.stack([top, 1 / total, teacher_top, 1 / teacher_total, delta]).float()
+        return torch.nn.functional.pad(rows, (0, side.data.shape[0] - side.rows))
+
+    image, text = packed.models[0][:2]
+    of_sides = (
+        coefficients("row_statistics", row_statistics, image),
+        coefficients("column_statistics", column_statistics, text),
+    )
+    needs = need_image, need_text, need_scale
+    return _gradients(packed, of_sides, (row_weight, column_weight), None, workspace_bytes, needs)
+
+
+def _gradients(
+    packed: _Packed,
+    coefficients: tuple[Tensor, Tensor],
+    weights: tuple[float, float],
+    cosines: Tensor | None,
+    workspace_bytes: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss and its gradients, from coefficients of rows and columns and the weights of their terms."""
+    dtype, _, ((image, text, student_scale, shape), (soft_image, soft_text, teacher_scale, teacher_shape)) = packed
+    rows, columns = image.data.shape[0], text.data.shape[0]
+    store = needs[0] or needs[1]
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return image.scalars.new_empty(size, dtype=dtype)
+
+    products = SlabProducts(image, text, needs[0], needs[1])
     blocks = _tiles.blocks(image, text, dtype.itemsize, workspace_bytes)
     if cosines is not None:
         slab_tensor = cosines[0]
     else:
         slab_tensor = empty(*(blocks[0].rows, blocks[0].columns) if store else (0, columns), dtype=dtype)
     # |dL/dx| is at most 1 / B + 1 / N.
-    largest = 1 / image.rows + 1 / text.rows
+    largest = sum(weights)
     slab_scale = 2.0 ** (14 - math.floor(math.log2(largest))) if dtype == torch.float16 else 1.0
     tile = shape if dtype == torch.float32 else teacher_shape
     if tile.columns == TILE:
@@ -348,8 +477,7 @@ def relation_kl(
             _tiles.operand(soft_text.data, tile.columns, teacher_shape.depth, teacher_shape.loads),
             soft_text.scalars,
             soft_image.data.shape[1],
-            row_coefficients,
-            column_coefficients,
+            *coefficients,
             student_scale,
             teacher_scale,
             slab_tensor,
@@ -365,6 +493,7 @@ def relation_kl(
             text.rows,
             rows,
             columns,
+            *weights,
             KEPT=cosines is not None,
             STORE=store,
             UNIT=2.0 ** _tiles.packed_exponent(dtype),
@@ -381,8 +510,8 @@ def relation_kl(
     if products.text is not None:
         _tiles.project(products.text, text, student_scale, slab_scale)
     return (
-        (totals[0] / image.rows + totals[1] / text.rows).to(torch.float32),
+        (totals[0] * weights[0] + totals[1] * weights[1]).to(torch.float32),
         empty(0) if products.image is None else products.image,
         empty(0) if products.text is None else products.text,
-        totals[2].to(torch.float32) if need_scale else empty(0),
+        totals[2].to(torch.float32) if needs[2] else empty(0),
     )

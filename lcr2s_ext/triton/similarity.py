@@ -742,17 +742,38 @@ def _check(call: _Call) -> None:
         raise ValueError(f"`margin` must be finite, got {call.margin}")
 
 
-def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class _Packed(NamedTuple):
+    """A call's tensors as the kernels take them."""
+
+    dtype: torch.dtype
+    image: PackedRows
+    text: PackedRows
+    ids: tuple[Tensor, Tensor] | None
+    scale: Tensor | None
+    shape: TileShape
+
+
+def _pack(call: _Call) -> _Packed:
     _check(call)
-    kind, fields = call.kind, _FIELDS[call.kind]
     dtype = packed_dtype(call.image, call.text)
-    image, text = _tiles.pack_rows(call.image, dtype), _tiles.pack_rows(call.text, dtype)
-    rows, columns = image.data.shape[0], text.data.shape[0]
-    scale = None if call.scale is None else call.scale.to(torch.float32)
     ids = None
     if call.image_ids is not None and call.text_ids is not None:
         ids = call.image_ids.contiguous(), call.text_ids.contiguous()
-    shape = _tiles.tile_shape(dtype, call.image.device)
+    return _Packed(
+        dtype,
+        _tiles.pack_rows(call.image, dtype),
+        _tiles.pack_rows(call.text, dtype),
+        ids,
+        None if call.scale is None else call.scale.to(torch.float32),
+        _tiles.tile_shape(dtype, call.image.device),
+    )
+
+
+def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed = _pack(call)
+    dtype, image, text, ids, scale, shape = packed
+    kind, fields = call.kind, _FIELDS[call.kind]
+    rows, columns = image.data.shape[0], text.data.shape[0]
     need_gradient = call.need_image or call.need_text or call.need_scale
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -816,6 +837,23 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
     if not need_gradient:
         return loss, empty(0), empty(0), empty(0)
+    return loss, *_gradients(call, packed, image_coefficients, text_coefficients, weights, cosines)
+
+
+def _gradients(
+    call: _Call,
+    packed: _Packed,
+    image_coefficients: Tensor,
+    text_coefficients: Tensor,
+    weights: Tensor,
+    cosines: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the images, the texts and the scale; without elements where not asked for."""
+    dtype, image, text, ids, scale, shape = packed
+    kind, rows, columns = call.kind, image.data.shape[0], text.data.shape[0]
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return call.image.new_empty(size, dtype=dtype)
 
     products = SlabProducts(image, text, call.need_image, call.need_text)
     blocks = _tiles.blocks(image, text, dtype.itemsize, call.workspace_bytes)
@@ -875,11 +913,114 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if products.text is not None:
         _tiles.project(products.text, text, scale, slab_scale, column_norms)
     return (
-        loss,
         empty(0) if products.image is None else products.image,
         empty(0) if products.text is None else products.text,
         scale_gradient if call.need_scale else empty(0),
     )
+
+
+def _slab_scale(kind: int, image: PackedRows, text: PackedRows, coefficients: tuple[Tensor, Tensor]) -> Tensor:
+    """A power of two that brings dL/dcosine, bounded by its weighed coefficients, below 2^15."""
+    bound = image.scalars.new_zeros(())
+    for side, (_, first, second, third) in zip((image, text), coefficients, strict=True):
+        if kind == INFO_NCE.value:
+            of_rows = torch.maximum(first, second)
+        elif kind == TRIPLET.value:
+            of_rows = torch.maximum(first.abs(), third.abs())
+        else:
+            of_rows = first * torch.maximum(second.abs(), third.abs()).clamp(min=1)
+        if kind == PROJECTION.value:
+            of_rows = of_rows * side.scalars[2, : side.rows]
+        bound = bound + of_rows.amax()
+    return torch.ldexp(torch.ones_like(bound), (15 - torch.frexp(bound).exponent).clamp(-126, 126))
+
+
+def _pass_call(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    logit_scale: Tensor,
+    loss: int,
+    tau: float,
+    workspace_bytes: int,
+    needs: tuple[bool, bool, bool],
+) -> _Call:
+    if not 0 <= loss < len(_COEFFICIENTS):
+        raise ValueError(f"`loss` must be 0 (InfoNCE), 1 (SDM), 2 (CMPM) or 3 (TAL), got {loss}")
+    scale = logit_scale if loss in (INFO_NCE.value, MATCHING.value) else None
+    call = _Call(loss, image, text, image_ids, text_ids, scale, workspace_bytes, *needs)
+    return call._replace(tau=tau)
+
+
+@operator
+def similarity_statistics(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    logit_scale: Tensor,
+    loss: int,
+    tau: float,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """The first pass over a block, as torch.ops.lcr2s.similarity_statistics; logits are counted in base 2."""
+    call = _pass_call(image, text, image_ids, text_ids, logit_scale, loss, tau, workspace_bytes, (False,) * 3)
+    _, packed_image, packed_text, ids, scale, shape = _pack(call)
+    fields = _FIELDS[loss]
+    rows, columns = packed_image.data.shape[0], packed_text.data.shape[0]
+    slab = min(rows_of_statistics(columns, fields, shape, workspace_bytes), rows)
+    row_pieces = columns // shape.columns * shape.pieces
+    row_parts = packed_image.scalars.new_empty((row_pieces, fields, slab))
+    column_parts = packed_image.scalars.new_empty((slab // shape.rows + 1, fields, columns))
+    of_images = packed_image.scalars.new_empty((fields, packed_image.rows))
+    for begin in range(0, rows, slab):
+        count = min(slab, rows - begin)
+        launch_statistics(
+            loss, packed_image, packed_text, ids, scale, 1.0 / tau, shape, begin, count, row_parts, column_parts, None
+        )
+        inside = min(count, packed_image.rows - begin)
+        merge_columns(loss, row_parts, 0, row_pieces, inside)
+        of_images[:, begin : begin + inside] = row_parts[0, :, :inside]
+        merge_columns(loss, column_parts, int(begin == 0), count // shape.rows + 1, packed_text.rows)
+    return of_images, column_parts[0, :, : packed_text.rows].clone()
+
+
+@operator
+def similarity_gradients(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    logit_scale: Tensor,
+    image_coefficients: Tensor,
+    text_coefficients: Tensor,
+    loss: int,
+    tau: float,
+    workspace_bytes: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The second pass over a block, as torch.ops.lcr2s.similarity_gradients; maxima are counted in base 2."""
+    needs = need_image, need_text, need_scale
+    call = _pass_call(image, text, image_ids, text_ids, logit_scale, loss, tau, workspace_bytes, needs)
+    packed = _pack(call)
+    padded = []
+    sides = (
+        ("image_coefficients", image_coefficients, packed.image),
+        ("text_coefficients", text_coefficients, packed.text),
+    )
+    for name, coefficients, side in sides:
+        _checks.check_tensor(name, coefficients, "(4, rows)", (torch.float32,))
+        _checks.check_size(name, coefficients, 0, 4, "coefficients of a row")
+        _checks.check_size(name, coefficients, 1, side.rows, "rows of that side")
+        _checks.check_like(name, coefficients, "image", image, dtype=False)
+        padded.append(torch.nn.functional.pad(coefficients, (0, side.data.shape[0] - side.rows)))
+    weights = image_coefficients.new_ones(3)
+    if packed.dtype == torch.float16:
+        weights[2] = _slab_scale(loss, packed.image, packed.text, (image_coefficients, text_coefficients))
+    return _gradients(call, packed, padded[0], padded[1], weights, None)
 
 
 @operator
