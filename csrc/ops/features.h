@@ -25,34 +25,40 @@ inline DType dtype_of(ScalarType dtype) {
   }
 }
 
+// For memory on the CPU that is about to be written. Large blocks are often fresh from the system, where touching them
+// page by page can take as long as the kernel.
+inline void prefer_huge_pages(void* block, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (bytes >= int64_t{4} << 20) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(block);
+  static_cast<void>(bytes);
+#endif
+}
+
+// The tensor itself, an uninitialised result.
+inline Tensor prefer_huge_pages(Tensor result) {
+  if (result.is_cpu())
+    prefer_huge_pages(result.mutable_data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
+  return result;
+}
+
 // Temporary memory of one operator call, from torch's allocator.
 class Workspace {
  public:
   cpu::Memory memory() {
     return {[](int64_t bytes, void* context) -> void* {
               auto& blocks = static_cast<Workspace*>(context)->blocks_;
-              blocks.push_back(torch::stable::empty({bytes}, ScalarType::Byte));
-              void* block = blocks.back().mutable_data_ptr();
-              prefer_huge_pages(block, bytes);
-              return block;
+              blocks.push_back(prefer_huge_pages(torch::stable::empty({bytes}, ScalarType::Byte)));
+              return blocks.back().mutable_data_ptr();
             },
             this};
   }
 
  private:
-  // Large blocks are fresh from the system each time; touching them page by page would cost a tenth of a kernel's time.
-  static void prefer_huge_pages(void* block, int64_t bytes) {
-#ifdef __linux__
-    constexpr uintptr_t page = 4096;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + static_cast<uintptr_t>(bytes)) / page * page;
-    if (bytes >= int64_t{4} << 20) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    static_cast<void>(block);
-    static_cast<void>(bytes);
-#endif
-  }
-
   std::vector<Tensor> blocks_;
 };
 

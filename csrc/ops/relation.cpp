@@ -39,7 +39,7 @@ class Relation {
   }
 
   ScalarType dtype() const { return wide_ ? ScalarType::Double : ScalarType::Float; }
-  Tensor empty(std::vector<int64_t> sizes) const { return torch::stable::empty(sizes, dtype()); }
+  Tensor empty(std::vector<int64_t> sizes) const { return prefer_huge_pages(torch::stable::empty(sizes, dtype())); }
 
   cpu::RelationArgs args() {
     return {student_image_.view(),

@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Tenso
   key = with_dense_rows(key);
   value = with_dense_rows(value);
   const ScalarType statistics = statistics_dtype(query.scalar_type());
-  Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1), value.size(2)});
+  Tensor out = prefer_huge_pages(torch::stable::new_empty(query, {query.size(0), query.size(1), value.size(2)}));
   Tensor probs = torch::stable::new_empty(query, {indices.size(0), query.size(1)}, statistics);
   const SupportAttentionArgs args{
       shape(query, value, index, scale), rows_of(query),        rows_of(key), rows_of(value),
@@ -168,8 +168,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tenso
   value = with_dense_rows(value);
   probs = contiguous_of(probs);
   const auto result = [](bool needed, const Tensor& like) {
-    return needed ? torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)})
-                  : torch::stable::new_empty(like, {0});
+    if (!needed) return torch::stable::new_empty(like, {0});
+    return prefer_huge_pages(torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)}));
   };
   Tensor grad_query = result(need_query, query);
   Tensor grad_key = result(need_key, key);
