@@ -195,7 +195,9 @@ def weights_seed(config: TrainConfig, purpose: int) -> Iterator[None]:
 
 
 def make_teacher(config: TrainConfig, data: TrainingData, encoders: DualEncoder | None = None) -> Teacher:
-    """Fresh teacher of a configuration; ``encoders`` gives the encoders' weights, copied."""
+    """Fresh teacher of a configuration; ``encoders`` gives the encoders' weights, copied, else they are pretrained
+    where the configuration names weights.
+    """
     shell = make_model(config, data)
     with weights_seed(config, 11):
         teacher = shell.make_teacher(
@@ -206,6 +208,11 @@ def make_teacher(config: TrainConfig, data: TrainingData, encoders: DualEncoder 
         )
     if encoders is not None:
         teacher.encoders.load_state_dict(encoders.state_dict())
+        return teacher
+    for name, weights in (("image_encoder", config.model.image_weights), ("text_encoder", config.model.text_weights)):
+        if weights:
+            own, pretrained = getattr(teacher.encoders, name), getattr(shell.student, name)
+            own.load_state_dict(pretrained.state_dict())
     return teacher
 
 

@@ -82,7 +82,7 @@ def make_text_cache(
         dtype: what outputs are kept in.
         device: where they are computed.
         batch_size: captions at a time.
-        kept: caches made before, found by backbone and captions; the new one is added.
+        kept: caches made before, found by place, backbone and captions; the new one is added.
 
     Raises:
         ConfigError: the outputs are random: dropout is active inside the backbone.
@@ -96,8 +96,9 @@ def make_text_cache(
                 "set its dropout probabilities to 0"
             )
     key = _fingerprint(encoder, tokens, dtype, first.dtype)
-    if kept is not None and key in kept:
-        return kept[key]
+    name = f"{where}/{key}"
+    if kept is not None and name in kept:
+        return kept[name]
     shape = (len(tokens), *first.shape[1:])
     if where == "memory":
         rows = torch.empty(shape, dtype=dtype)
@@ -120,7 +121,7 @@ def make_text_cache(
         rows = torch.from_file(str(file), shared=False, size=size, dtype=dtype).view(shape)
     cache = TextCache(rows, first.dtype)
     if kept is not None:
-        kept[key] = cache
+        kept[name] = cache
     return cache
 
 

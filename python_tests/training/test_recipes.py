@@ -9,8 +9,9 @@ import yaml
 from torch import nn
 
 from lcr2s_ext.data import generate_corpus
-from lcr2s_ext.training import train
+from lcr2s_ext.training import prepare_data, train
 from lcr2s_ext.training.config import ConfigError, OptimConfig, TrainConfig, load_config
+from lcr2s_ext.training.prepare import make_model, make_teacher
 from lcr2s_ext.training.stages import Stage, TrainingError, parameter_groups
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -132,3 +133,17 @@ def test_schedules() -> None:
 def test_values_that_are_refused(key: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, [key])
+
+
+def test_teacher_from_scratch_starts_from_pretrained_weights_where_there_are_any(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetModel
+
+    generate_corpus(tmp_path, identities=(4, 2, 2), views=2, size=(64, 32))
+    architecture = MINIATURE["rn50-bert"]["image_encoder"]["architecture"]
+    ResNetModel(ResNetConfig(**architecture)).save_pretrained(tmp_path / "resnet")
+    base = {"data": {"root": str(tmp_path), "vocab_size": 400}, "model": {**MINIATURE["rn50-bert"], "heads": 4}}
+    config = load_config(None, ["model.preset=rn50-bert", f"model.image_weights={tmp_path}/resnet"], base=base)
+    data = prepare_data(config)
+    student, teacher = make_model(config, data).student, make_teacher(config, data).encoders
+    pretrained = student.image_encoder.state_dict()
+    assert all(torch.equal(value, pretrained[name]) for name, value in teacher.image_encoder.state_dict().items())
