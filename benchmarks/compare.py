@@ -223,9 +223,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=11, help="pairs of runs")
     parser.add_argument("--csv", type=Path, help="append both revisions' rows to this file")
-    parser.add_argument("arguments", nargs="*", help="arguments of the family, after --")
-    args = parser.parse_args()
-    runs = [(args.family, args.arguments)]
+    parser.usage = "%(prog)s REVISION --family FAMILY [options] [-- arguments of the family]"
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:end])
+    runs = [(args.family, sys.argv[end + 1 :])]
     compare_revisions(args.revision, runs, device=args.device, rounds=args.rounds, csv=args.csv)
 
 

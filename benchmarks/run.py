@@ -13,6 +13,8 @@ status says it.
 
 import argparse
 import importlib
+import os
+import resource
 import sys
 import time
 import traceback
@@ -55,12 +57,12 @@ SWEEPS: dict[tuple[str, str], dict[str, list[list[str]]]] = {
 SWEEPS["cpu", "full"] = {
     "support_attention": [
         ["--batch", "128", "1024", "--rounds", "9"],
-        ["--batch", "4096", "--compile", "--rounds", "3"],
+        ["--batch", "4096", *PUBLISHED, "--compile", "--rounds", "3"],
         ["--batch", "4096", "--dtype", "bfloat16", "--provider", "eager", "cpu", "--rounds", "3", *BOTH],
     ],
     "similarity": [
-        ["--batch", "256", "1024", "--loss", "sdm", "info_nce", *PUBLISHED, "--compile", *BOTH],
-        ["--batch", "4096", "--loss", "sdm", "info_nce", *PUBLISHED, "--compile", "--rounds", "3", *BOTH],
+        ["--batch", "256", "--loss", "sdm", "info_nce", *PUBLISHED, *BOTH],
+        ["--batch", "1024", "4096", "--loss", "sdm", "info_nce", *PUBLISHED, "--compile", "--rounds", "3", *BOTH],
         ["--batch", "8192", "--loss", "sdm", "info_nce", *PUBLISHED, "--compile", "--rounds", "2", *BOTH],
         ["--batch", "1024", "4096", "--loss", "cmpm", "tal", *TWIN, "--compile", "--rounds", "3", *BOTH],
     ],
@@ -90,6 +92,14 @@ BESIDES: dict[str, dict[str, list[list[str]]]] = {
         "scaling": [["--rounds", "3"]],
     },
 }
+
+
+def limit_memory() -> None:
+    """An allocation beyond four fifths of the machine's memory fails, which is a row, instead of ending the run."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if soft == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_AS, (int(0.8 * whole), hard))
 
 
 def measure(steps: Sequence[tuple[str, Sequence[str]]], minutes: float | None) -> list[str]:
@@ -140,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.report:
         file.unlink(missing_ok=True)
         runs += [(name, run) for name, found in BESIDES[args.depth].items() for run in found]
+    if args.device == "cpu":
+        limit_memory()
     shared = ["--device", args.device, "--csv", str(file)]
     asked = [] if args.rounds is None else ["--rounds", str(args.rounds)]
     failed = measure([(family, [*shared, *run, *asked]) for family, run in runs], args.minutes)
