@@ -42,7 +42,7 @@ of all threads. `limit_ms` follows from what `calibrate` found, `peak_tflops` (o
 """
 PEERS = (
     *("liger-kernel", "inf-cl", "cut-cross-entropy", "quack-kernels", "flash-attn", "torchmetrics"),
-    *("pytorch-metric-learning", "faiss-cpu", "faiss-gpu", "open-clip-torch"),
+    *("pytorch-metric-learning", "faiss-cpu", "faiss-gpu-cu12", "open-clip-torch"),
 )
 """Packages whose versions are written beside every figure, where they are installed."""
 
