@@ -24,7 +24,7 @@ class FeatureBank(nn.Module):
 
     Args:
         size: rows.
-        width: of the features, which are kept in float32.
+        width: of the features, which are kept in the precision of the stage's weights.
         seed: of the draws.
     """
 
@@ -68,7 +68,7 @@ class FeatureBank(nn.Module):
             samples: int64 ``(B,)`` captions.
             group: ranks whose rows, equally many, make the batch: every rank's bank gets all of them.
         """
-        features = [value.detach().float() for value in (image, text)]
+        features = [value.detach().to(self.image.dtype) for value in (image, text)]
         rows = [_of_all(value, group)[-self.size :] for value in (*features, labels, items, samples)]
         slots = (self.position + torch.arange(len(rows[0]), device=self.position.device)) % self.size
         for ids, newest, kept in ((rows[3], self.newest_item, self.items), (rows[4], self.newest_sample, self.samples)):

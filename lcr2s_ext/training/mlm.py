@@ -14,7 +14,7 @@ from lcr2s_ext.training import distributed
 from lcr2s_ext.training.config import ConfigError, LossConfig
 from lcr2s_ext.training.counter import counter_bits
 
-__all__ = ["MaskedLanguageModel", "Masking"]
+__all__ = ["MaskedLanguageModel", "Masking", "check_mlm"]
 
 _MASKS = ("[MASK]", "<mask>", "<|mask|>")
 _UNKNOWN = ("[UNK]", "<unk>")
@@ -73,6 +73,34 @@ class Masking:
         return torch.where(chosen, replaced, tokens), chosen
 
 
+def check_mlm(config: LossConfig, encoders: DualEncoder, tokenizer: Any) -> tuple[int, int, int, int]:
+    """Widths of the image's and the caption's tokens, the size of the vocabulary, and the width of the head.
+
+    Raises:
+        ConfigError: encoders without token-level outputs, or a width that the heads do not divide.
+    """
+    widths = []
+    for name, needed in (
+        ("image_encoder", ("token_features", "token_width")),
+        ("text_encoder", ("token_features", "token_width", "vocab_size")),
+    ):
+        encoder: Any = getattr(encoders, name)
+        missing = [attribute for attribute in needed if not hasattr(encoder, attribute)]
+        if missing:
+            raise ConfigError(
+                f"loss.mlm_weight: {name} {type(encoder).__name__} has no {', no '.join(missing)}; "
+                "expected 0 for encoders without token-level outputs"
+            )
+        widths.append(int(encoder.token_width))
+    if not hasattr(tokenizer, "special_tokens"):
+        raise ConfigError(f"loss.mlm_weight: expected a tokenizer with special_tokens(), got {tokenizer!r}")
+    width = encoders.output_width if config.mlm_width is None else config.mlm_width
+    if width % config.mlm_heads:
+        raise ConfigError(f"loss.mlm_heads: expected a divisor of the head's width {width}, got {config.mlm_heads}")
+    text: Any = encoders.text_encoder
+    return widths[0], widths[1], int(text.vocab_size), width
+
+
 class MaskedLanguageModel(nn.Module):
     """Masking, the head, and the term of a stage's loss; trained with the stage and left behind with it.
 
@@ -83,35 +111,17 @@ class MaskedLanguageModel(nn.Module):
         seed: of the masking.
 
     Raises:
-        ConfigError: encoders without token-level outputs, or a width that the heads do not divide.
+        ConfigError: as :func:`check_mlm`.
     """
 
     def __init__(self, config: LossConfig, encoders: DualEncoder, tokenizer: Any, seed: int) -> None:
         super().__init__()
-        widths = []
-        for name, needed in (
-            ("image_encoder", ("token_features", "token_width")),
-            ("text_encoder", ("token_features", "token_width", "vocab_size")),
-        ):
-            encoder: Any = getattr(encoders, name)
-            missing = [attribute for attribute in needed if not hasattr(encoder, attribute)]
-            if missing:
-                raise ConfigError(
-                    f"loss.mlm_weight: {name} {type(encoder).__name__} has no {', no '.join(missing)}; "
-                    "expected 0 for encoders without token-level outputs"
-                )
-            widths.append(int(encoder.token_width))
-        if not hasattr(tokenizer, "special_tokens"):
-            raise ConfigError(f"loss.mlm_weight: expected a tokenizer with special_tokens(), got {tokenizer!r}")
-        text: Any = encoders.text_encoder
-        width = encoders.output_width if config.mlm_width is None else config.mlm_width
-        if width % config.mlm_heads:
-            raise ConfigError(f"loss.mlm_heads: expected a divisor of the head's width {width}, got {config.mlm_heads}")
+        image_width, text_width, vocab_size, width = check_mlm(config, encoders, tokenizer)
         self.head = MaskedLanguageHead(
-            widths[0], widths[1], text.vocab_size, width=width, layers=config.mlm_layers, heads=config.mlm_heads
+            image_width, text_width, vocab_size, width=width, layers=config.mlm_layers, heads=config.mlm_heads
         )
         self.weight = config.mlm_weight
-        self.masking = Masking(tokenizer.special_tokens(), text.vocab_size, config.mlm_fraction, seed)
+        self.masking = Masking(tokenizer.special_tokens(), vocab_size, config.mlm_fraction, seed)
 
     def forward(
         self,

@@ -27,6 +27,7 @@ from lcr2s_ext.training.fit import (
     fit_student,
     fit_teacher,
 )
+from lcr2s_ext.training.mlm import check_mlm
 from lcr2s_ext.training.prepare import (
     TrainingData,
     evaluate_student,
@@ -167,7 +168,10 @@ def train(
         steps_per_epoch(config, make_loader(config, data, "none"))
         if config.method != "plain":
             check_support(config)
-        check_text_cache(config, make_teacher(config, data))
+        teacher_shell = make_teacher(config, data)
+        check_text_cache(config, teacher_shell)
+        if config.loss.mlm_weight:
+            check_mlm(config.loss, teacher_shell.encoders, data.tokenizer)
     distributed.check_same("data.root", _fingerprint(data))
     if out is not None and distributed.first():
         out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lcr2s_ext.data import BatchAugment, TrainingDataset
 from lcr2s_ext.models import LCR2S, DualEncoder, TinyTextEncoder, TokenFeatures, build_encoder
 from lcr2s_ext.nn import MaskedLanguageHead
-from lcr2s_ext.training import ConfigError, TrainConfig, TrainingData, fit_one_stage, fit_student, fit_teacher
+from lcr2s_ext.training import ConfigError, TrainConfig, TrainingData, fit_one_stage, fit_student, fit_teacher, train
 from lcr2s_ext.training.mlm import MaskedLanguageModel, Masking
 from lcr2s_ext.training.prepare import make_loader, make_model, make_teacher
 from lcr2s_ext.training.stages import StudentStage, TeacherStage
@@ -211,7 +211,7 @@ def test_words_are_learnt_from_the_image() -> None:
     assert losses[-1] < 0.1 < 1.5 < losses[0]
 
 
-def test_refuses_what_cannot_work(config_of: Configure, data: TrainingData) -> None:
+def test_refuses_what_cannot_work(config_of: Configure, data: TrainingData, tmp_path: Path) -> None:
     class Plain(nn.Module):
         output_width = 32
 
@@ -220,7 +220,8 @@ def test_refuses_what_cannot_work(config_of: Configure, data: TrainingData) -> N
     with pytest.raises(ConfigError, match="image_encoder Plain has no token_features, no token_width"):
         MaskedLanguageModel(config.loss, dual, data.tokenizer, 0)
     with pytest.raises(ConfigError, match=r"loss\.mlm_heads: expected a divisor of the head's width 32, got 5"):
-        fit_student(config_of("loss.mlm_weight=1", "loss.mlm_heads=5"), data)
+        train(config_of("loss.mlm_weight=1", "loss.mlm_heads=5", f"out={tmp_path}/run"), data)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"optim\.micro_batch"):
         config_of(*MLM, "optim.micro_batch=4")
     with pytest.raises(ConfigError, match="strategy=fsdp"):
