@@ -152,12 +152,19 @@ def software(device: torch.device) -> dict[str, object]:
 
 @functools.lru_cache
 def commit() -> str:
-    """What git calls the measured tree."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
+    """What git calls the measured tree; "-dirty" where files other than results and pages differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        name = git("describe", "--always")
+        kept = (":(exclude,top)benchmarks/results", ":(exclude,top)docs")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *kept)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
 
 
 def _synchronize(device: torch.device) -> None:

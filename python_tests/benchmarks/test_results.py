@@ -137,3 +137,26 @@ def test_pytest_benchmark_has_every_operator(load: Callable[[str], ModuleType]) 
         for part in problem.parts:
             entries.test_operator(Benchmark(group=""), problem, part, "lcr2s_ext cpu")
             assert timed[-1] == f"{problem.title}, {part}"
+
+
+def test_a_run_goes_on_after_a_failure_and_ends_with_its_time(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load("run")
+    assert {arguments[-1] for arguments in run.BESIDES["full"]["scaling"]} == set(load("scaling").SWEEPS)
+    seen: list[list[str]] = []
+
+    def wrong(arguments: list[str]) -> None:
+        raise SystemExit("sdm: off by 1.0")
+
+    def broken(arguments: list[str]) -> None:
+        raise ValueError("broken")
+
+    for name, main in (("right", seen.append), ("wrong", wrong), ("broken", broken)):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(main=main))
+    failed = run.measure([("wrong", ["a"]), ("broken", []), ("right", ["b"])], None)
+    assert failed == ["wrong", "broken"]
+    assert seen == [["b"]]
+    assert "sdm: off by 1.0" in capsys.readouterr().out
+    assert run.measure([("right", [])], -1.0) == ["right (no time left)"]
+    assert seen == [["b"]]
