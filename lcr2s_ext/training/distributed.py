@@ -235,6 +235,10 @@ def start(config: TrainConfig) -> None:
     Raises:
         ConfigError: ``devices`` or ``nodes`` other than what the launcher started, or a group of another size.
     """
+    if config.strategy == "fsdp":
+        for key, given in (("sync_batchnorm", config.sync_batchnorm), ("optim.ema_decay", config.optim.ema_decay)):
+            if given:
+                raise ConfigError(f"{key}: not possible with strategy=fsdp, expected {type(given)()}, got {given}")
     environment, started, launcher = _environment()
     devices, nodes = _size(config, started, launcher)
     if dist.is_initialized():
