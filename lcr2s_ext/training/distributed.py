@@ -236,9 +236,10 @@ def start(config: TrainConfig) -> None:
         ConfigError: ``devices`` or ``nodes`` other than what the launcher started, or a group of another size.
     """
     if config.strategy == "fsdp":
-        for key, given in (("sync_batchnorm", config.sync_batchnorm), ("optim.ema_decay", config.optim.ema_decay)):
-            if given:
-                raise ConfigError(f"{key}: not possible with strategy=fsdp, expected {type(given)()}, got {given}")
+        if config.sync_batchnorm:
+            raise ConfigError("sync_batchnorm: expected false with strategy=fsdp, got true")
+        if config.optim.ema_decay:
+            raise ConfigError(f"optim.ema_decay: expected 0 with strategy=fsdp, got {config.optim.ema_decay}")
     environment, started, launcher = _environment()
     devices, nodes = _size(config, started, launcher)
     if dist.is_initialized():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lcr2s_ext.data import (
+    BatchAugment,
     CaptionTokenizer,
     IdentityBatchSampler,
     ImageStore,
@@ -286,3 +287,51 @@ def test_dataset_arguments(train, store, tokenizer, dataset):
         TrainingDataset(train, ImageStore([], (64, 32)), tokenizer)
     with pytest.raises(IndexError, match=r"samples must lie in \[0, 94\), got 94"):
         dataset().make_batch([94])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("support", ["none", "drawn", "batch"])
+@pytest.mark.parametrize("kind", ["random", "identity"])
+def test_parts_of_a_batch_are_the_whole(train, dataset, kind, support, ranks):
+    made = dataset(support)
+    augment = BatchAugment((64, 32), erasing=0.5).train()
+
+    def sampler(rank=0, ranks=1):
+        found = (
+            RandomBatchSampler(len(made), 16, seed=3)
+            if kind == "random"
+            else IdentityBatchSampler(train.labels, 4, 3, items=train.caption_image, seed=3)
+        )
+        found.share(rank, ranks)
+        return found
+
+    parts = [[made.make_batch(samples) for samples in sampler(rank, ranks)] for rank in range(ranks)]
+    for step, samples in enumerate(sampler()):
+        whole = made.make_batch(samples)
+        own = [part[step] for part in parts]
+        assert torch.cat([part.samples for part in own]).tolist() == list(samples)
+        assert torch.equal(torch.cat([part.labels for part in own]), whole.labels)
+        if kind == "identity" and step == 0:
+            assert all(len(part.labels.unique()) == 4 // ranks for part in own)
+        images, row = augment(whole.images, 5), 0
+        for part in own:
+            augmented = augment(part.images, 5, rows=part.image_rows, total=part.whole_images)
+            assert torch.equal(augmented, images[part.image_rows])
+            assert torch.equal(part.tokens[: len(part)], whole.tokens[row : row + len(part)])
+            for name, pool, of_all in (("image", augmented, images), ("text", part.tokens, whole.tokens)):
+                if support != "none":
+                    sets = sets_of(getattr(part, f"{name}_support"))
+                    wanted = sets_of(getattr(whole, f"{name}_support"))[row : row + len(part)]
+                    assert all(torch.equal(pool[a], of_all[b]) for a, b in zip(sets, wanted, strict=True))
+            row += len(part)
+
+
+def test_parts_must_be_equal(train):
+    with pytest.raises(ValueError, match="ranks must divide batches of 10 samples, got 4"):
+        RandomBatchSampler(40, 10).share(0, 4)
+    with pytest.raises(ValueError, match="ranks must divide batches of 4 identities, got 3"):
+        IdentityBatchSampler(train.labels, 4, 3).share(0, 3)
+    with pytest.raises(ValueError, match="ranks must be 1 without drop_last"):
+        RandomBatchSampler(40, 10, drop_last=False).share(0, 2)
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
+        RandomBatchSampler(40, 10).share(2, 2)
