@@ -121,6 +121,23 @@ def resolve(op: str, backend: str | None, device: torch.device, rows: int | None
     )
 
 
+def with_passes(op: str, backend: str, dtype: torch.dtype) -> str | None:
+    """The backend whose kernels work on blocks of a loss's matrix for `backend`, one that :func:`resolve` returned.
+
+    Args:
+        op: the operator of the first pass, in torch.ops.lcr2s.
+        backend: what runs the loss in one process.
+        dtype: of its statistics.
+
+    Returns:
+        `backend` itself where it has the passes; for CUDA without them Triton, if it runs here; None: there is none.
+    """
+    if backend in ("reference", "triton") or _library.has_kernel(op, backend):
+        return backend
+    usable = triton.UNAVAILABLE is None and not triton.INTERPRETED
+    return "triton" if backend == "cuda" and usable and dtype != torch.float64 else None
+
+
 def explain(op: str, *tensors: Tensor) -> str:
     """Say which backend `op` would use for these tensors, and why the others cannot.
 

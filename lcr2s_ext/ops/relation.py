@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lcr2s_ext import _checks
-from lcr2s_ext.ops import _backend, _distributed, _library, _registration, _workspace
+from lcr2s_ext.ops import _backend, _distributed, _registration, _workspace
 from lcr2s_ext.reference import relation as reference
 
 _REDUCTIONS = ("sum", "row", "mean")
@@ -117,15 +117,13 @@ class _ReferenceKlPasses:
         return reference.relation_kl_gradients(*args[:10])
 
 
-def _kl_passes(backend: str) -> tuple[Any, float] | None:
-    """The namespace with the two passes of `backend` and the unit in which they count logits; None: it has none."""
-    if backend == "reference":
-        return _ReferenceKlPasses, 1.0
-    if backend == "triton":
-        return _kl_operators(backend), math.log(2)
-    if _library.has_kernel("relation_kl_statistics", backend):
-        return _kl_operators(backend), 1.0
-    return None
+def _kl_passes(backend: str, dtype: torch.dtype) -> tuple[Any, float] | None:
+    """The namespace with the two passes for `backend` and the unit in which they count logits; None: it has none."""
+    chosen = _backend.with_passes("relation_kl_statistics", backend, dtype)
+    if chosen is None:
+        return None
+    passes = _ReferenceKlPasses if chosen == "reference" else _kl_operators(chosen)
+    return passes, math.log(2) if chosen == "triton" else 1.0
 
 
 def _group_kl(
@@ -242,7 +240,7 @@ def relation_kl_loss(
     _checks.check_backend_dtype(chosen, **dict(zip(_FEATURES, features, strict=True)))
     group = _distributed.check_group(group)
     if group is not None:
-        if (passes := _kl_passes(chosen)) is not None:
+        if (passes := _kl_passes(chosen, dtype)) is not None:
             return _group_kl(group, *passes, features, student, teacher)
         gathered = _distributed.gather(group, dict(zip(_FEATURES, features, strict=True)))
         features = (gathered[0], gathered[1], gathered[2], gathered[3])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lcr2s_ext import _checks
-from lcr2s_ext.ops import _backend, _distributed, _library, _registration, _workspace
+from lcr2s_ext.ops import _backend, _distributed, _registration, _workspace
 from lcr2s_ext.reference import similarity as reference
 
 
@@ -75,15 +75,13 @@ class _ReferencePasses:
         return reference.similarity_gradients(*args[:9])
 
 
-def _passes(backend: str) -> tuple[Any, float] | None:
-    """The namespace with the two passes of `backend` and the unit in which they count logits; None: it has none."""
-    if backend == "reference":
-        return _ReferencePasses, 1.0
-    if backend == "triton":
-        return _operators(backend), math.log(2)
-    if _library.has_kernel("similarity_statistics", backend):
-        return _operators(backend), 1.0
-    return None
+def _passes(backend: str, dtype: torch.dtype) -> tuple[Any, float] | None:
+    """The namespace with the two passes for `backend` and the unit in which they count logits; None: it has none."""
+    chosen = _backend.with_passes("similarity_statistics", backend, dtype)
+    if chosen is None:
+        return None
+    passes = _ReferencePasses if chosen == "reference" else _operators(chosen)
+    return passes, math.log(2) if chosen == "triton" else 1.0
 
 
 def _constant(value: float, image: Tensor, text: Tensor) -> Tensor:
@@ -266,7 +264,7 @@ def info_nce_loss(
     chosen = _backend.resolve("info_nce", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
     group = _distributed.check_group(group)
-    if group is not None and (passes := _passes(chosen)) is not None:
+    if group is not None and (passes := _passes(chosen, _statistics(image, text))) is not None:
         return _group_loss(group, passes, reference.INFO_NCE, image, text, image_ids, text_ids, scale)
     image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
     scale = _distributed.share(group, scale)
@@ -325,7 +323,7 @@ def sdm_loss(
     chosen = _backend.resolve("sdm", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
     group = _distributed.check_group(group)
-    if group is not None and (passes := _passes(chosen)) is not None:
+    if group is not None and (passes := _passes(chosen, _statistics(image, text))) is not None:
         return _group_loss(group, passes, reference.SDM, image, text, image_ids, text_ids, scale, eps=eps)
     image, text, image_ids, text_ids = _whole_batch(group, image, text, image_ids, text_ids)
     scale = _distributed.share(group, scale)
@@ -382,7 +380,7 @@ def cmpm_loss(
     chosen = _backend.resolve("cmpm", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
     group = _distributed.check_group(group)
-    if group is not None and (passes := _passes(chosen)) is not None:
+    if group is not None and (passes := _passes(chosen, _statistics(image, text))) is not None:
         return _group_loss(
             group,
             passes,
@@ -450,7 +448,7 @@ def tal_loss(
     chosen = _backend.resolve("tal", backend, image.device, image.shape[0])
     _checks.check_backend_dtype(chosen, image=image, text=text)
     group = _distributed.check_group(group)
-    if group is not None and (passes := _passes(chosen)) is not None:
+    if group is not None and (passes := _passes(chosen, _statistics(image, text))) is not None:
         return _group_loss(
             group,
             passes,
