@@ -12,11 +12,13 @@ from aot_cases import CASES
 from compile_kernels import AbsentGpu
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch.fx import GraphModule
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lcr2s_ext.ops import _registration
-from lcr2s_ext.triton import MODULES
+from lcr2s_ext.triton import MODULES, _launch
 
 
 def trace(call: Callable[..., torch.Tensor], arguments: tuple[Any, ...]) -> list[list[str]]:
@@ -42,6 +44,7 @@ def few_rows(argument: Any) -> Any:
 
 def main() -> None:
     driver.set_active(AbsentGpu(90))
+    _launch.off_cuda_capability = 90
     for op, module in MODULES.items():
         _registration._load_triton(module)
         operator = getattr(torch.ops.lcr2s_triton, op)
@@ -52,7 +55,10 @@ def main() -> None:
             for features in arguments[:2]:
                 features.requires_grad_()
         forward, *backward = trace(lambda *a, operator=operator: operator(*a)[0], arguments)
-        print(json.dumps({"op": op, "forward": forward, "backward": backward}), flush=True)
+        # What a graph keeps beside its tensors is the same at every call.
+        constants = [value for kept in kernel_side_table.constant_args.values() for value in kept.values()]
+        baked = sum(isinstance(value, TensorDescriptor) for value in constants)
+        print(json.dumps({"op": op, "forward": forward, "backward": backward, "baked": baked}), flush=True)
 
 
 if __name__ == "__main__":
