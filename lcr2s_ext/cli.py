@@ -124,6 +124,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _ablate(args: argparse.Namespace) -> int:
+    from lcr2s_ext.training import distributed
     from lcr2s_ext.training.ablate import Grid, ablate, check_seeds, parse_axis, read_grid
     from lcr2s_ext.training.config import ConfigError, load_config
 
@@ -155,10 +156,12 @@ def _ablate(args: argparse.Namespace) -> int:
             config=args.config,
             overrides=args.overrides,
             base=given,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
+            say=(lambda line: print(line, file=sys.stderr, flush=True)) if _speaks(None) else None,
         )
     except ConfigError as error:
         raise UsageError(str(error)) from error
+    if not distributed.first():
+        return 1 if result.failures else 0
     print(result.report())
     print(f"written to {args.out}: ablation.md, ablation.csv, ablation.json, runs/, stages/")
     return 1 if result.failures else 0

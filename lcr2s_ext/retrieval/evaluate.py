@@ -146,9 +146,7 @@ def evaluate_features(
     and among all queries.
     """
     if group is not None:
-        found = [
-            evaluate_features(features, ks, backend=backend, rerank=rerank) if dist.get_rank(group) == 0 else None
-        ]
+        found = [evaluate_features(features, ks, backend=backend, rerank=rerank) if dist.get_rank(group) == 0 else None]
         dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group)
         return cast(Retrieval, found[0])
     f = features

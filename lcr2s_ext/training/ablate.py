@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lcr2s_ext._files import write_text
+from lcr2s_ext.training import distributed
 from lcr2s_ext.training.config import ConfigError, TrainConfig, load_config
 from lcr2s_ext.training.prepare import TrainingData, prepare_data
 from lcr2s_ext.training.run import finished, train
@@ -330,7 +331,8 @@ def ablate(
             message = " ".join(str(error).split()) or type(error).__name__
             ablation.failures.setdefault(name, {})[seed] = message
             say(f"{label}: failed: {message}")
-        ablation.write(out)
+        if distributed.first():
+            ablation.write(out)
     return ablation
 
 
