@@ -30,7 +30,7 @@ class BadStep:
         epoch: from 0.
         step: within the epoch, from 0.
         terms: the loss and its weighted terms.
-        gradient: largest absolute entry of the gradient, where it was looked at.
+        gradient: its norm, where it was looked at.
     """
 
     epoch: int
@@ -68,10 +68,10 @@ class FiniteWatch:
     def before_update(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter] | None) -> None:
         """The optimiser is about to step; ``parameters`` are those whose gradient is looked at, ``None`` for none."""
         last = self._records[-1]
-        finite = torch.stack([record.values.isfinite().all() for record in self._records]).all()
+        finite = torch.cat([record.values for record in self._records]).isfinite().all()
         if parameters is not None:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            last.gradient = distributed.full(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")))
+            last.gradient = distributed.full(torch.nn.utils.get_total_norm(gradients))
             finite &= last.gradient.isfinite()
         bad = (~finite).float()
         self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
