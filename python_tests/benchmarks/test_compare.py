@@ -20,20 +20,28 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("compare")
 
 
-def present_library(tree: Path, folder: Path) -> None:
+def present_library(tree: Path) -> None:
     for library in (ROOT / "lcr2s_ext").glob("*.so"):
         shutil.copy(library, tree / "lcr2s_ext")
 
 
-def worktrees() -> str:
-    return subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True).stdout
+def worktrees() -> set[str]:
+    """Their folders."""
+    listed = subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True).stdout
+    return {line.split()[0] for line in listed.splitlines()}
 
 
 def test_both_revisions_take_turns(compare: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "compare.csv"
-    runs = [("similarity", ["--batch", "24", "--width", "16", "--loss", "sdm", "--threads", "1"])]
+    case = ["--batch", "24", "--width", "16", "--loss", "sdm", "--part", "forward + backward", "--threads", "1"]
+    head, seen = compare._git("rev-parse", "HEAD"), []
+
+    def make(tree: Path, folder: Path) -> None:
+        seen.append(tree)
+        present_library(tree)
+
     ((other, own, ratio),) = compare.compare_revisions(
-        "HEAD", runs, device="cpu", rounds=4, csv=file, make=present_library
+        head, [("similarity", case)], device="cpu", rounds=4, csv=file, make=make
     )
     assert len(other["seconds"]) == len(own["seconds"]) == 4
     assert ratio[0] <= ratio[1] <= ratio[2]
@@ -41,8 +49,9 @@ def test_both_revisions_take_turns(compare: ModuleType, tmp_path: Path) -> None:
     with file.open(newline="") as text:
         rows = list(csv.DictReader(text))
     assert [row["candidate"] for row in rows] == ["lcr2s_ext cpu"] * 2
-    assert rows[0]["commit"] in compare._git("rev-parse", "HEAD")
-    assert "lcr2s-compare" not in worktrees()
+    assert rows[0]["commit"] in head
+    assert not seen[0].exists()
+    assert str(seen[0]) not in worktrees()
 
 
 def test_a_failure_leaves_no_worktree(compare: ModuleType) -> None:
@@ -56,7 +65,7 @@ def test_a_failure_leaves_no_worktree(compare: ModuleType) -> None:
     with pytest.raises(SystemExit, match="does not build"):
         compare.compare_revisions("HEAD", [("similarity", [])], device="cpu", rounds=1, make=broken)
     assert not seen[0].exists()
-    assert "lcr2s-compare" not in worktrees()
+    assert str(seen[0]) not in worktrees()
     with pytest.raises(SystemExit, match="no-such-commit"):
         compare.compare_revisions("no-such-commit", [("similarity", [])], device="cpu", rounds=1, make=broken)
 
