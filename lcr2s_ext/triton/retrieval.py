@@ -74,7 +74,7 @@ def _multiply_add(q, g, total, PRECISION: tl.constexpr):
         # The interpreter's product takes bfloat16 for integers, and rounds a float32 by its place in the tile.
         q = q.to(tl.float64)
         g = g.to(tl.float64)
-    return tl.dot(q, tl.trans(g), total, input_precision=PRECISION)
+    return tl.dot(q, tl.trans(g), total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit

@@ -806,7 +806,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             text_coefficients if of_text else image_coefficients,
             side.data.shape[0],
             totals,
-            row_programs * of_text + begin // _MERGE_ROWS,
+            (row_programs if of_text else 0) + begin // _MERGE_ROWS,
             programs,
             call.eps,
             call.margin,
