@@ -188,12 +188,14 @@ def compare_revisions(
     make: Callable[[Path, Path], None] = build,
 ) -> list[tuple[Case, Case, list[float] | None]]:
     """Measure, print and return every case of the runs (family, its arguments), the other revision's first."""
-    shared = ["--device", device, "--rounds", str(rounds), "--only", f"lcr2s_ext {device}"]
+    shared = ["--device", device, "--rounds", str(rounds)]
+    shared += ["--provider", device, "--only", f"lcr2s_ext {device}"]
     name = _git("rev-parse", "--short", f"{revision}^{{commit}}")
     result = []
     with checked_out(revision, make) as tree:
         for family, arguments in runs:
-            print(f"\n== {family} {' '.join(arguments)}\n{name} ms, {side_by_side.commit()} ms, ratio [p20, p80]")
+            print(f"\n== {family} {' '.join(arguments)}")
+            print(f"{name} ms, {side_by_side.commit()} ms, the first over the second [p20, p80]")
             for other, own, ratio in pair(*measure([tree, ROOT], family, [*arguments, *shared])):
                 if ratio is None:
                     print(f"{own['title']}: {other['row']['note'] or own['row']['note']}", flush=True)
