@@ -235,11 +235,8 @@ def start(config: TrainConfig) -> None:
     Raises:
         ConfigError: ``devices`` or ``nodes`` other than what the launcher started, or a group of another size.
     """
-    if config.strategy == "fsdp":
-        if config.sync_batchnorm:
-            raise ConfigError("sync_batchnorm: expected false with strategy=fsdp, got true")
-        if config.optim.ema_decay:
-            raise ConfigError(f"optim.ema_decay: expected 0 with strategy=fsdp, got {config.optim.ema_decay}")
+    if config.strategy == "fsdp" and config.sync_batchnorm:
+        raise ConfigError("sync_batchnorm: expected false with strategy=fsdp, got true")
     environment, started, launcher = _environment()
     devices, nodes = _size(config, started, launcher)
     if dist.is_initialized():

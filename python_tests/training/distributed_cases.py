@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lcr2s_ext.data import TrainingDataset
-from lcr2s_ext.models import register_encoder
+from lcr2s_ext.models import TokenFeatures, register_encoder
 from lcr2s_ext.training import TrainConfig, TrainingData, fit_one_stage, fit_student, fit_teacher, load_config
 from lcr2s_ext.training.prepare import make_model, make_teacher
 from lcr2s_ext.training.stages import Stage
@@ -43,13 +43,27 @@ CASES: dict[str, list[str]] = {
     "student": [
         "loss.align={info_nce: 1.0, tal: 0.5}",
         "loss.learn_logit_scale=true",
+        "loss.mlm_weight=0.7",
+        "loss.mlm_layers=1",
+        "loss.mlm_heads=4",
         "optim.accumulate=2",
         "optim.grad_clip=0.5",
     ],
     "teacher": [*PAIRS, "teacher.start=auxiliary"],
     "frozen": ["teacher.start=frozen", "data.support=batch"],
-    "distilled": ["distill.intra_weight=10", "distill.feature_reduction=sum", "distill.feature_normalize=false"],
-    "one_stage": ["distill.relation=kl", "distill.relation_weight=1", "distill.feature_normalize=false"],
+    "distilled": [
+        "distill.intra_weight=10",
+        "distill.feature_reduction=sum",
+        "distill.feature_normalize=false",
+        "optim.micro_batch=4",
+    ],
+    "one_stage": [
+        "data.support=bank",
+        "data.bank_size=50",
+        "distill.relation=kl",
+        "distill.relation_weight=1",
+        "distill.feature_normalize=false",
+    ],
 }
 
 
@@ -61,11 +75,17 @@ class Patches(nn.Module):
         super().__init__()
         self.config = {"output_width": output_width}
         self.output_width = output_width
+        self.token_width = 3
         self.layers = nn.ModuleList([nn.Linear(96, 24), nn.Linear(24, output_width)])
 
     def forward(self, images: Tensor) -> Tensor:
         patches = nn.functional.adaptive_avg_pool2d(images, (8, 4)).flatten(1).to(self.layers[0].weight.dtype)
         return self.layers[1](torch.tanh(self.layers[0](patches)))
+
+    def token_features(self, images: Tensor) -> TokenFeatures:
+        cells = nn.functional.adaptive_avg_pool2d(images, (8, 4)).flatten(2).transpose(1, 2)
+        mask = torch.ones(cells.shape[:2], dtype=torch.bool)
+        return TokenFeatures(self(images), cells.to(self.layers[0].weight.dtype), mask)
 
 
 def config_of(corpus: str, *overrides: str) -> TrainConfig:
