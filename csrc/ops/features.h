@@ -46,20 +46,45 @@ inline Tensor prefer_huge_pages(Tensor result) {
   return result;
 }
 
-// Temporary memory of one operator call, from torch's allocator.
+// Temporary memory of one operator call, from torch's allocator. Small blocks lie in chunks that are large enough for
+// huge pages, of which what is not touched costs nothing.
 class Workspace {
  public:
   cpu::Memory memory() {
-    return {[](int64_t bytes, void* context) -> void* {
-              auto& blocks = static_cast<Workspace*>(context)->blocks_;
-              blocks.push_back(prefer_huge_pages(torch::stable::empty({bytes}, ScalarType::Byte)));
-              return blocks.back().mutable_data_ptr();
-            },
-            this};
+    return {[](int64_t bytes, void* context) { return static_cast<Workspace*>(context)->take(bytes); }, this};
   }
 
  private:
-  std::vector<Tensor> blocks_;
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr int64_t kChunk = 0;  // every block a tensor of its own, so that writes past its end are seen
+#else
+  static constexpr int64_t kChunk = int64_t{8} << 20;
+#endif
+
+  void* take(int64_t bytes) {
+    if (bytes >= kChunk) return allocate(bytes);
+    constexpr int64_t alignment = 64;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    if (end_ - next_ < bytes) {
+      // From the first whole huge page on.
+      constexpr uintptr_t huge_page = uintptr_t{2} << 20;
+      char* chunk = allocate(kChunk + static_cast<int64_t>(huge_page));
+      next_ = chunk + (huge_page - reinterpret_cast<uintptr_t>(chunk) % huge_page) % huge_page;
+      end_ = next_ + kChunk;
+    }
+    char* block = next_;
+    next_ += bytes;
+    return block;
+  }
+
+  char* allocate(int64_t bytes) {
+    tensors_.push_back(prefer_huge_pages(torch::stable::empty({bytes}, ScalarType::Byte)));
+    return static_cast<char*>(tensors_.back().mutable_data_ptr());
+  }
+
+  std::vector<Tensor> tensors_;
+  char* next_ = nullptr;
+  char* end_ = nullptr;
 };
 
 // (rows, width) features on one device, the CPU unless said otherwise, both at least 1; copied only where a row is not
