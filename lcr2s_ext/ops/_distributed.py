@@ -160,10 +160,16 @@ def _send_on(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> Callable[[]
     return wait
 
 
+def spread(group: dist.ProcessGroup, ring: bool, block: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What :func:`pass_over` takes, pass after pass: this rank's tensors, or those of all ranks gathered."""
+    return block if ring else [_all_gather(group, tensor) for tensor in block]
+
+
 def pass_over(
     group: dist.ProcessGroup,
     ring: bool,
     block: Sequence[Tensor],
+    extra: Sequence[Tensor],
     work: Callable[[Sequence[Tensor]], Tensor | None],
     combine: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
@@ -174,7 +180,8 @@ def pass_over(
         ring: False: the blocks are gathered and `work` is called once with all rows; its result, the size of all
             blocks, is cut into those of the ranks. True: `work` is called for one rank's block after the other, while
             the next one arrives; results travel with their block and are complete when it comes home.
-        block: this rank's tensors, rows first.
+        block: of :func:`spread`, rows first.
+        extra: this rank's tensors that this pass needs besides.
         work: from the tensors' rows to a tensor of as many rows, or on all ranks None.
         combine: of two ranks' results for the same rows.
 
@@ -183,7 +190,7 @@ def pass_over(
     """
     rank_count = dist.get_world_size(group)
     if not ring:
-        result = work([_all_gather(group, tensor) for tensor in block])
+        result = work([*block, *spread(group, ring, extra)])
         if result is None:
             return None
         result = result.contiguous()
@@ -194,6 +201,7 @@ def pass_over(
         for other in others:
             combined = combine(combined, other)
         return combined
+    block = [*block, *extra]
     coming: Callable[[], list[Tensor]] | None = None
     for step in range(rank_count):
         arriving = _send_on(group, block) if step + 1 < rank_count else None

@@ -146,8 +146,9 @@ def _group_kl(
     dtype = _statistics(*features)
     image, text, soft_image, soft_text = (tensor.detach() for tensor in features)
     scales = student_scale.detach(), teacher_scale
-    block = (text, soft_text)
+    block: Sequence[Tensor] = (text, soft_text)
     ring = _distributed.travels_in_ring(group, block, _gradient(text, dtype, True) if needs[1] else None, workspace)
+    block = _distributed.spread(group, ring, block)
     merge = functools.partial(reference.merge_kl_statistics, unit=unit)
     of_rows: list[Tensor] = []
 
@@ -157,7 +158,7 @@ def _group_kl(
         return columns.T
 
     with torch.no_grad():
-        of_columns = _distributed.pass_over(group, ring, block, statistics, merge)
+        of_columns = _distributed.pass_over(group, ring, block, (), statistics, merge)
         whole_rows = functools.reduce(merge, of_rows).T.contiguous()
         weights = [1 / (group.size() * side.shape[0]) for side in (image, text)]
         of_image: list[Tensor] = []
@@ -183,7 +184,7 @@ def _group_kl(
             sums.append(torch.stack([loss, grad_scale if needs[2] else torch.zeros_like(loss)]).double())
             return grad_text if needs[1] else None
 
-        of_text = _distributed.pass_over(group, ring, (*block, of_columns), gradients, torch.add)
+        of_text = _distributed.pass_over(group, ring, block, (of_columns,), gradients, torch.add)
         loss, of_scale = _distributed.total(group, functools.reduce(torch.add, sums)).to(dtype)
     # Each rank holds the scale: it keeps an equal part of the whole gradient.
     found = [of_image[0] if needs[0] else None, of_text, of_scale / group.size() if needs[2] else None]

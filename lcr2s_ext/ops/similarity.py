@@ -145,8 +145,9 @@ def _group_loss_and_gradients(
     dtype = _statistics(image, text)
     tau = options["tau"]
     merge = functools.partial(reference.merge_statistics, loss=loss, unit=unit)
-    block = (text, text_ids)
+    block: Sequence[Tensor] = (text, text_ids)
     ring = _distributed.travels_in_ring(group, block, _gradient(text, dtype, True) if needs[1] else None, workspace)
+    block = _distributed.spread(group, ring, block)
     of_images: list[Tensor] = []
 
     def statistics(block: Sequence[Tensor]) -> Tensor:
@@ -154,7 +155,7 @@ def _group_loss_and_gradients(
         of_images.append(rows.T)
         return columns.T
 
-    of_texts = _distributed.pass_over(group, ring, block, statistics, merge)
+    of_texts = _distributed.pass_over(group, ring, block, (), statistics, merge)
     finished = [
         reference.finish_statistics(side, entries, loss, unit, **options)
         for side, entries in ((functools.reduce(merge, of_images), sizes[1]), (of_texts, sizes[0]))
@@ -198,7 +199,7 @@ def _group_loss_and_gradients(
             of_scale.append(found[2].double())
         return found[1] if needs[1] else None
 
-    of_text = _distributed.pass_over(group, ring, (*block, coefficients[1]), gradients, torch.add)
+    of_text = _distributed.pass_over(group, ring, block, (coefficients[1],), gradients, torch.add)
     scale_gradient = None
     if needs[2]:
         # Each rank holds the scale: it keeps an equal part of the whole gradient.
