@@ -260,7 +260,9 @@ def _gram_is_cheaper(
 ) -> bool:
     """By multiplications."""
     width = student_width + teacher_width
-    gram = (rows + columns) * width * width + (rows * need_image + columns * need_text) * width * student_width
+    # In PyTorch 2.11 a symbolic size cannot be multiplied by a bool.
+    wanted = rows * int(need_image) + columns * int(need_text)
+    gram = (rows + columns) * width * width + wanted * width * student_width
     return gram < rows * columns * (width + student_width * (need_image + need_text))
 
 
