@@ -104,7 +104,7 @@ class Similarity {
   }
 
   ScalarType dtype() const { return wide_ ? ScalarType::Double : ScalarType::Float; }
-  Tensor empty(std::vector<int64_t> sizes) const { return torch::stable::empty(sizes, dtype()); }
+  Tensor empty(std::vector<int64_t> sizes) const { return prefer_huge_pages(torch::stable::empty(sizes, dtype())); }
 
   cpu::SimilarityArgs args(cpu::SimilarityLoss kind) {
     cpu::SimilarityArgs args{};
