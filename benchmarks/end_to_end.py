@@ -38,7 +38,8 @@ from lcr2s_ext.ops import SupportIndex
 from lcr2s_ext.training import TrainConfig, TrainingData, load_config, prepare_data
 from lcr2s_ext.training.fit import fit_student, fit_teacher
 from lcr2s_ext.training.prepare import BatchLoader, make_augment, make_loader, make_model, make_teacher, weights_seed
-from lcr2s_ext.training.stages import Stage, StudentStage, TeacherStage
+from lcr2s_ext.training.stage import Stage
+from lcr2s_ext.training.stages import StudentStage, TeacherStage
 
 PLAIN = "plain dual encoder"
 SECTIONS = [

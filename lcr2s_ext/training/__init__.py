@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from lcr2s_ext.training.replay import replay_failed_batch
     from lcr2s_ext.training.run import TrainResult, train
-    from lcr2s_ext.training.stages import TrainingError
+    from lcr2s_ext.training.stage import TrainingError
 
 _HOMES = {
     "ConfigError": "config",
@@ -26,7 +26,7 @@ _HOMES = {
     "TrainConfig": "config",
     "TrainResult": "run",
     "TrainingData": "prepare",
-    "TrainingError": "stages",
+    "TrainingError": "stage",
     "dump_config": "config",
     "evaluate_student": "prepare",
     "evaluate_teacher": "prepare",

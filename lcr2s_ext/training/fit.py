@@ -34,7 +34,8 @@ from lcr2s_ext.training.prepare import (
     steps_per_epoch,
     weights_seed,
 )
-from lcr2s_ext.training.stages import OneStage, Stage, StudentStage, TeacherStage
+from lcr2s_ext.training.stage import Stage
+from lcr2s_ext.training.stages import OneStage, StudentStage, TeacherStage
 from lcr2s_ext.training.text_cache import check_frozen
 
 __all__ = [

@@ -35,7 +35,7 @@ from lcr2s_ext.models import (
 from lcr2s_ext.retrieval import Retrieval, RetrievalFeatures, embed_split, evaluate_model, evaluate_oracle
 from lcr2s_ext.training import distributed
 from lcr2s_ext.training.config import ConfigError, TrainConfig
-from lcr2s_ext.training.stages import TrainingError, step_seed
+from lcr2s_ext.training.stage import TrainingError, step_seed
 from lcr2s_ext.training.text_cache import TextCache
 
 __all__ = [

@@ -11,7 +11,7 @@ from lcr2s_ext.training.failures import load_failed_batch
 from lcr2s_ext.training.fit import joint_stage, student_stage, teacher_stage
 from lcr2s_ext.training.prepare import TrainingData, make_teacher, prepare_data
 from lcr2s_ext.training.run import CONFIG_FILE, STAGE_WEIGHTS
-from lcr2s_ext.training.stages import Stage, TrainingError
+from lcr2s_ext.training.stage import Stage, TrainingError
 
 __all__ = ["replay_failed_batch"]
 

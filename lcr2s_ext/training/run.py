@@ -38,7 +38,7 @@ from lcr2s_ext.training.prepare import (
     prepare_data,
     steps_per_epoch,
 )
-from lcr2s_ext.training.stages import TrainingError
+from lcr2s_ext.training.stage import TrainingError
 
 __all__ = ["TrainResult", "finished", "train"]
 

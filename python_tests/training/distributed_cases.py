@@ -12,7 +12,7 @@ from lcr2s_ext.data import TrainingDataset
 from lcr2s_ext.models import TokenFeatures, register_encoder
 from lcr2s_ext.training import TrainConfig, TrainingData, fit_one_stage, fit_student, fit_teacher, load_config
 from lcr2s_ext.training.prepare import make_model, make_teacher
-from lcr2s_ext.training.stages import Stage
+from lcr2s_ext.training.stage import Stage
 
 SETTINGS = [
     "progress=none",

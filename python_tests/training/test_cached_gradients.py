@@ -13,7 +13,8 @@ from lcr2s_ext.data import BatchAugment
 from lcr2s_ext.training import TrainConfig, TrainingData, fit_student, fit_teacher, make_loader
 from lcr2s_ext.training.cached_gradients import encode_in_parts
 from lcr2s_ext.training.prepare import make_model, make_teacher
-from lcr2s_ext.training.stages import OneStage, Stage, StudentStage, TeacherStage
+from lcr2s_ext.training.stage import Stage
+from lcr2s_ext.training.stages import OneStage, StudentStage, TeacherStage
 
 Configure = Callable[..., TrainConfig]
 

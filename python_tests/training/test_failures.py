@@ -21,7 +21,8 @@ from lcr2s_ext.training import (
     train,
 )
 from lcr2s_ext.training.failures import FAILED_BATCH_FILE
-from lcr2s_ext.training.stages import OneStage, Stage, StudentStage, TeacherStage
+from lcr2s_ext.training.stage import Stage
+from lcr2s_ext.training.stages import OneStage, StudentStage, TeacherStage
 
 Configure = Callable[..., TrainConfig]
 

@@ -3,7 +3,7 @@
 import torch
 
 from lcr2s_ext.training import load_config
-from lcr2s_ext.training.stages import TaskLoss
+from lcr2s_ext.training.losses import TaskLoss
 
 
 def test_combined_losses_are_the_weighted_sum_and_are_reported_one_by_one() -> None:

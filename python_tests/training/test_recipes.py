@@ -12,7 +12,7 @@ from lcr2s_ext.data import generate_corpus
 from lcr2s_ext.training import prepare_data, train
 from lcr2s_ext.training.config import ConfigError, OptimConfig, TrainConfig, load_config
 from lcr2s_ext.training.prepare import make_model, make_teacher
-from lcr2s_ext.training.stages import Stage, TrainingError, parameter_groups
+from lcr2s_ext.training.stage import Stage, TrainingError, parameter_groups
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SIDES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

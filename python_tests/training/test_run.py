@@ -27,7 +27,8 @@ from lcr2s_ext.training import (
     train,
 )
 from lcr2s_ext.training.prepare import make_model, make_teacher
-from lcr2s_ext.training.stages import StudentStage, TeacherStage, step_seed
+from lcr2s_ext.training.stage import step_seed
+from lcr2s_ext.training.stages import StudentStage, TeacherStage
 
 Configure = Callable[..., TrainConfig]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lcr2s_ext.training import ConfigError, TrainConfig, TrainingData, fit_student, load_config, prepare_data, train
-from lcr2s_ext.training.stages import Stage
+from lcr2s_ext.training.stage import Stage
 
 Configure = Callable[..., TrainConfig]
 

@@ -19,7 +19,7 @@ from lcr2s_ext.training import (
     load_config,
 )
 from lcr2s_ext.training.ema import WeightAverage
-from lcr2s_ext.training.stages import Stage
+from lcr2s_ext.training.stage import Stage
 
 Configure = Callable[..., TrainConfig]
 
