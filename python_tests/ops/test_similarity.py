@@ -339,8 +339,8 @@ def test_any_shape_in_triton(
     ]
     for part, ours, pytorch, exact in zip(PARTS, *results, strict=True):
         theirs = float((pytorch.double() - exact).abs().max())
-        # Gradients that cancel leave roundings of their terms behind, halves of the slab's; that of a cosine, in float32,
-        # the scale multiplies in the exponent.
+        # Gradients that cancel leave roundings of their terms behind, halves of the slab's. The scale multiplies the
+        # rounding of a cosine, in float32, in the exponent.
         eps = 8 * torch.finfo(dtype).eps + scale * torch.finfo(torch.float32).eps
         rounding = eps * max(float(exact.abs().max()), 1e-2)
         assert float((ours.double() - exact).abs().max()) <= 2 * theirs + rounding, part
