@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py                      # of every file in benchmarks/results: SVG files in docs/plots
     python benchmarks/plot.py --table              # and the tables and lists of plots in docs/performance.md
-    python benchmarks/plot.py results.csv --plots /tmp/plots
+    python benchmarks/plot.py results.csv --plots plots
 
 Log-log plots of time, memory and share of the limit, a line for each candidate, against the number of rows and, from
 scaling.py, against whatever grew; bars for training. Where a candidate has no time, a cross at the top of the plot says

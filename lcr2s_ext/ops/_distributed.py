@@ -44,7 +44,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.first = dist.get_rank(group) * rows.shape[0]
         ctx.rows = rows.shape[0]
-        return _all_gather(group, rows)
+        return all_gather(group, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -88,7 +88,7 @@ def check_agreement(group: dist.ProcessGroup, tensors: Mapping[str, Tensor], **s
         return
     dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64]
     mine = [number for t in tensors.values() for number in (t.shape[0], t.shape[-1], dtypes.index(t.dtype))]
-    everyone = _all_gather(group, torch.tensor([[*mine, *settings.values()]])).tolist()
+    everyone = all_gather(group, torch.tensor([[*mine, *settings.values()]])).tolist()
     for position, (name, tensor) in enumerate(tensors.items()):
         found = [row[3 * position : 3 * position + 3] for row in everyone]
         if any(entry != found[0] for entry in found):
@@ -108,7 +108,8 @@ def check_agreement(group: dist.ProcessGroup, tensors: Mapping[str, Tensor], **s
 _gather_rows: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
-def _all_gather(group: dist.ProcessGroup, rows: Tensor) -> Tensor:
+def all_gather(group: dist.ProcessGroup, rows: Tensor) -> Tensor:
+    """The rows of all ranks, equally many on each, in order of the ranks; without gradient."""
     result = rows.new_empty((dist.get_world_size(group) * rows.shape[0], *rows.shape[1:]))
     _gather_rows(result, rows.contiguous(), group=group)
     return result
@@ -116,7 +117,7 @@ def _all_gather(group: dist.ProcessGroup, rows: Tensor) -> Tensor:
 
 def total(group: dist.ProcessGroup, numbers: Tensor) -> Tensor:
     """The sum of a small vector over the ranks, in their order: the same bits on every rank."""
-    first, *others = _all_gather(group, numbers[None]).unbind(0)
+    first, *others = all_gather(group, numbers[None]).unbind(0)
     return sum(others, first)
 
 
@@ -162,7 +163,7 @@ def _send_on(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> Callable[[]
 
 def spread(group: dist.ProcessGroup, ring: bool, block: Sequence[Tensor]) -> Sequence[Tensor]:
     """What :func:`pass_over` takes, pass after pass: this rank's tensors, or those of all ranks gathered."""
-    return block if ring else [_all_gather(group, tensor) for tensor in block]
+    return block if ring else [all_gather(group, tensor) for tensor in block]
 
 
 def pass_over(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lcr2s_ext.ops import SupportIndex
+from lcr2s_ext.ops._distributed import all_gather
 from lcr2s_ext.training.counter import counter_bits
 
 __all__ = ["FeatureBank"]
@@ -69,7 +70,10 @@ class FeatureBank(nn.Module):
             group: ranks whose rows, equally many, make the batch: every rank's bank gets all of them.
         """
         features = [value.detach().to(self.image.dtype) for value in (image, text)]
-        rows = [_of_all(value, group)[-self.size :] for value in (*features, labels, items, samples)]
+        batch = [*features, labels, items, samples]
+        if group is not None:
+            batch = [all_gather(group, value) for value in batch]
+        rows = [value[-self.size :] for value in batch]
         slots = (self.position + torch.arange(len(rows[0]), device=self.position.device)) % self.size
         for ids, newest, kept in ((rows[3], self.newest_item, self.items), (rows[4], self.newest_sample, self.samples)):
             newest &= ~torch.isin(kept, ids)
@@ -120,11 +124,3 @@ class FeatureBank(nn.Module):
             ends = (torch.bincount(row, minlength=len(labels)) + 1).cumsum(0)
             made.append((rows, SupportIndex(torch.cat([ends.new_zeros(1), ends]), indices, len(labels) + len(rows))))
         return made[0], made[1]
-
-
-def _of_all(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is None:
-        return rows
-    result = rows.new_empty((dist.get_world_size(group) * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(result, rows.contiguous(), group=group)
-    return result
