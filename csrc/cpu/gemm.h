@@ -67,21 +67,30 @@ static void pack_panels(const Parallel& parallel, const T* b, int64_t row_stride
   });
 }
 
+// acc (kMr x kNr) += a column of A (kMr) . a row of B (kNr)
+template <class T>
+LCR2S_INLINE void outer_product(const T* __restrict a, const T* __restrict b, Vec<T> (&acc)[kMr][2]) {
+  const Vec<T> b0 = load(b);
+  const Vec<T> b1 = load(b + kLanes<T>);
+#pragma GCC unroll 14
+  for (int i = 0; i < kMr; ++i) {
+    acc[i][0] += a[i] * b0;
+    acc[i][1] += a[i] * b1;
+  }
+}
+
 // acc (kMr x kNr) = A panel (kc x kMr) . B panel (kc x kNr)
 template <class T>
 LCR2S_INLINE void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, Vec<T> (&acc)[kMr][2]) {
+  // Of a sixth of a loop's instructions the multiplications have no use: a processor whose core is shared notices.
+  constexpr int unroll = kMr > 8 ? 4 : 8;
 #pragma GCC unroll 14
   for (int i = 0; i < kMr; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
-  for (int64_t p = 0; p < kc; ++p) {
-    const Vec<T> b0 = load(b + p * kNr<T>);
-    const Vec<T> b1 = load(b + p * kNr<T> + kLanes<T>);
-#pragma GCC unroll 14
-    for (int i = 0; i < kMr; ++i) {
-      const T x = a[p * kMr + i];
-      acc[i][0] += x * b0;
-      acc[i][1] += x * b1;
-    }
-  }
+  int64_t p = 0;
+  for (; p + unroll <= kc; p += unroll)
+#pragma GCC unroll 8
+    for (int q = 0; q < unroll; ++q) outer_product(a + (p + q) * kMr, b + (p + q) * kNr<T>, acc);
+  for (; p < kc; ++p) outer_product(a + p * kMr, b + p * kNr<T>, acc);
 }
 
 // Rows [0, m) and columns [0, kc) of A in strips of kMr rows: element (row i of strip s, column p) goes to
@@ -152,10 +161,12 @@ static void gemm_tile(const T* a, int64_t a_row, int64_t a_col, int64_t m, int64
       for (int64_t i0 = 0; i0 < m; i0 += kMr) {
         for (int64_t at = 0; at < share && coming < coming_end; at += kLine<T>, coming += kLine<T>)
           __builtin_prefetch(coming, 0, 2);
+        T* out = c + i0 * ldc + j0;
+        if (add)
+          for (int i = 0; i < kMr && i0 + i < m; ++i) __builtin_prefetch(out + i * ldc, 1);
         Vec<T> acc[kMr][2];
         micro_kernel<T>(kc, a_packed + i0 * kc, b_panel, acc);
         const int rows = static_cast<int>(m - i0 < kMr ? m - i0 : kMr);
-        T* out = c + i0 * ldc + j0;
         if (rows == kMr && width == nr) {
 #pragma GCC unroll 14
           for (int i = 0; i < kMr; ++i) {
