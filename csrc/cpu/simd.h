@@ -48,6 +48,19 @@ template <class T>
 LCR2S_INLINE Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
 }
+// kLanes<double> elements as doubles, and back, rounded.
+LCR2S_INLINE Vec<double> load_double(const double* p) { return load(p); }
+LCR2S_INLINE void store_double(double* p, Vec<double> v) { store(p, v); }
+typedef float HalfVecOfFloat __attribute__((vector_size(LCR2S_VECTOR_BYTES / 2)));
+LCR2S_INLINE Vec<double> load_double(const float* p) {
+  HalfVecOfFloat v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, Vec<double>);
+}
+LCR2S_INLINE void store_double(float* p, Vec<double> v) {
+  const HalfVecOfFloat rounded = __builtin_convertvector(v, HalfVecOfFloat);
+  __builtin_memcpy(p, &rounded, sizeof(rounded));
+}
 // v itself, as one rounded value: without this a product may or may not be contracted with the sum it goes into, and
 // the same logit would differ between two passes.
 template <class T>

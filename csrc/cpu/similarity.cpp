@@ -472,20 +472,9 @@ struct Side {
   void project(const Parallel& parallel, double factor) const {
     const int64_t width = features->width;
     for_rows(parallel, 0, direction.rows, [&](int64_t i) {
-      T* g = gradient + i * width;
-      const T* u = unit + i * width;
-      double sums[8] = {};
-      int64_t at = 0;
-      for (; at + 8 <= width; at += 8)
-#pragma GCC unroll 8
-        for (int q = 0; q < 8; ++q) sums[q] += static_cast<double>(g[at + q]) * static_cast<double>(u[at + q]);
-      double along = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-      for (; at < width; ++at) along += static_cast<double>(g[at]) * static_cast<double>(u[at]);
-      const double by = factor * inverse_norm[i];
-      double along_unit = -by * along;
-      if constexpr (!Policy::kUniform) along_unit += static_cast<double>(norm_gradient[i]);
-      for (int64_t k = 0; k < width; ++k)
-        g[k] = static_cast<T>(by * static_cast<double>(g[k]) + along_unit * static_cast<double>(u[k]));
+      double along_unit = 0;
+      if constexpr (!Policy::kUniform) along_unit = static_cast<double>(norm_gradient[i]);
+      project_row(gradient + i * width, unit + i * width, width, factor, inverse_norm[i], along_unit);
     });
   }
 };

@@ -14,7 +14,17 @@ constexpr int64_t kUnitRows = 32;
 
 template <class S>
 static void widen_typed(const S* source, int count, double* out) {
-  for (int i = 0; i < count; ++i) out[i] = static_cast<double>(to_accumulate(source[i]));
+  if constexpr (sizeof(S) < sizeof(float)) {
+    float wide[kSegment];
+    int i = 0;
+    for (; i + kLanes<float> <= count; i += kLanes<float>) store(wide + i, load_accumulate(source + i));
+    for (; i < count; ++i) wide[i] = to_accumulate(source[i]);
+    widen_typed(wide, count, out);
+  } else {
+    int i = 0;
+    for (; i + kLanes<double> <= count; i += kLanes<double>) store(out + i, load_double(source + i));
+    for (; i < count; ++i) out[i] = static_cast<double>(source[i]);
+  }
 }
 
 // Elements [begin, begin + count) of a row, count <= kSegment.
@@ -36,20 +46,39 @@ LCR2S_INLINE int segment_size(int64_t width, int64_t begin) {
   return static_cast<int>(width - begin < kSegment ? width - begin : kSegment);
 }
 
+// Sums in eight lanes, whatever the instruction set: the same bits from all of them.
+struct EightSums {
+  static constexpr int kVectors = 8 / kLanes<double>;
+  Vec<double> sums[kVectors] = {};
+
+  // value(i) is a vector that begins at element i of the next eight.
+  template <class F>
+  LCR2S_INLINE void add(const F& value) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kVectors; ++u) sums[u] += value(u * kLanes<double>);
+  }
+  LCR2S_INLINE double total() const {
+    double lanes[8];
+    __builtin_memcpy(lanes, sums, sizeof(lanes));
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  }
+};
+
 // Sum of the squares of factor * element.
 static inline double sum_of_squares(const Features& features, int64_t row, double factor) {
-  double squares[8] = {};
+  EightSums squares;
   double segment[kSegment];
   for (int64_t begin = 0; begin < features.width; begin += kSegment) {
     const int count = segment_size(features.width, begin);
     widen(features, row, begin, count, segment);
     for (int i = count; i % 8 != 0; ++i) segment[i] = 0;
     for (int i = 0; i < count; i += 8)
-#pragma GCC unroll 8
-      for (int u = 0; u < 8; ++u) squares[u] += (factor * segment[i + u]) * (factor * segment[i + u]);
+      squares.add([&](int at) __attribute__((always_inline)) {
+        const Vec<double> value = factor * load(segment + i + at);
+        return value * value;
+      });
   }
-  return ((squares[0] + squares[4]) + (squares[2] + squares[6])) +
-         ((squares[1] + squares[5]) + (squares[3] + squares[7]));
+  return squares.total();
 }
 
 // 1 / |row|; 0 for a zero row, so that its unit row and its gradient are zero. NaN where the row holds NaN or infinity.
@@ -65,14 +94,26 @@ static inline double inverse_norm(const Features& features, int64_t row) {
   return sum == 0 ? 0.0 : factor / __builtin_sqrt(sum);
 }
 
+// out[i] = value(i) for `count` elements, value giving a vector of them and readable to whole vectors.
+template <class T, class F>
+LCR2S_INLINE void write_doubles(int count, T* out, const F& value) {
+  int i = 0;
+  for (; i + kLanes<double> <= count; i += kLanes<double>) store_double(out + i, value(i));
+  if (i < count) {
+    T lanes[kLanes<double>];
+    store_double(lanes, value(i));
+    __builtin_memcpy(out + i, lanes, static_cast<size_t>(count - i) * sizeof(T));
+  }
+}
+
 // out = factor * row
 template <class T>
 static void scale_row(const Features& features, int64_t row, double factor, T* out) {
-  double segment[kSegment];
+  double segment[kSegment] = {};
   for (int64_t begin = 0; begin < features.width; begin += kSegment) {
     const int count = segment_size(features.width, begin);
     widen(features, row, begin, count, segment);
-    for (int i = 0; i < count; ++i) out[begin + i] = static_cast<T>(segment[i] * factor);
+    write_doubles(count, out + begin, [&](int i) __attribute__((always_inline)) { return factor * load(segment + i); });
   }
 }
 
@@ -80,18 +121,16 @@ static void scale_row(const Features& features, int64_t row, double factor, T* o
 template <class T>
 static void scale_difference(const Features& a, const Features& b, int64_t row, double factor_a, double factor_b,
                              T* out) {
-  double first[kSegment];
-  double second[kSegment];
+  double first[kSegment] = {};
+  double second[kSegment] = {};
   for (int64_t begin = 0; begin < a.width; begin += kSegment) {
     const int count = segment_size(a.width, begin);
     widen(a, row, begin, count, first);
     widen(b, row, begin, count, second);
     // Rounded before they are subtracted, not fused: equal rows give exact zeros.
-    for (int i = 0; i < count; ++i) {
-      first[i] *= factor_a;
-      second[i] *= factor_b;
-    }
-    for (int i = 0; i < count; ++i) out[begin + i] = static_cast<T>(first[i] - second[i]);
+    write_doubles(count, out + begin, [&](int i) __attribute__((always_inline)) {
+      return rounded<double>(factor_a * load(first + i)) - rounded<double>(factor_b * load(second + i));
+    });
   }
 }
 
@@ -116,19 +155,25 @@ static void unit_rows(const Parallel& parallel, const Features& features, int64_
   });
 }
 
-// Through the normalisation: gradient = factor * inverse * (g - (g . unit) unit), in place.
+// Through the normalisation: gradient = factor * inverse * (g - (g . unit) unit) + along_unit * unit, in place.
 template <class T>
-static void project_row(T* gradient, const T* unit, int64_t width, double factor, double inverse) {
-  double sums[8] = {};
+static void project_row(T* gradient, const T* unit, int64_t width, double factor, double inverse,
+                        double along_unit = 0) {
+  EightSums sums;
   int64_t at = 0;
   for (; at + 8 <= width; at += 8)
-#pragma GCC unroll 8
-    for (int u = 0; u < 8; ++u) sums[u] += static_cast<double>(gradient[at + u]) * static_cast<double>(unit[at + u]);
-  double along = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+    sums.add([&](int i) __attribute__((always_inline)) {
+      return load_double(gradient + at + i) * load_double(unit + at + i);
+    });
+  double along = sums.total();
   for (; at < width; ++at) along += static_cast<double>(gradient[at]) * static_cast<double>(unit[at]);
   const double scale = factor * inverse;
-  for (int64_t i = 0; i < width; ++i)
-    gradient[i] = static_cast<T>(scale * (static_cast<double>(gradient[i]) - along * static_cast<double>(unit[i])));
+  const double of_unit = along_unit - scale * along;
+  int64_t i = 0;
+  for (; i + kLanes<double> <= width; i += kLanes<double>)
+    store_double(gradient + i, scale * load_double(gradient + i) + of_unit * load_double(unit + i));
+  for (; i < width; ++i)
+    gradient[i] = static_cast<T>(scale * static_cast<double>(gradient[i]) + of_unit * static_cast<double>(unit[i]));
 }
 
 }  // namespace lcr2s::cpu::LCR2S_ISA
