@@ -56,7 +56,12 @@ static void pack_panels(const Parallel& parallel, const T* b, int64_t row_stride
       for (int64_t p = 0; p < k; ++p)
         for (int j = 0; j < nr; ++j) dst[p * nr + j] = j < width ? src[p * row_stride + j * col_stride] : T{0};
     } else if (col_stride == 1) {
-      for (int64_t p = 0; p < k; ++p) __builtin_memcpy(dst + p * nr, src + p * row_stride, nr * sizeof(T));
+      // Rows lie a stride apart that no hardware prefetches.
+      constexpr int64_t ahead = 16;
+      for (int64_t p = 0; p < k; ++p) {
+        if (p + ahead < k) __builtin_prefetch(src + (p + ahead) * row_stride);
+        __builtin_memcpy(dst + p * nr, src + p * row_stride, nr * sizeof(T));
+      }
     } else {
       const int64_t quads = row_stride == 1 ? k / 4 * 4 : 0;
       for (int64_t p = 0; p < quads; p += 4)
@@ -136,57 +141,88 @@ LCR2S_INLINE void pack_strips(const T* a, int64_t a_row, int64_t a_col, int64_t 
   }
 }
 
+// C (m x n) = or += strips (m x kc) . B, whose first panel begins at `panel` and whose panels lie panel_stride apart.
+template <class T>
+static void multiply_strips(const T* strips, int64_t m, int64_t kc, const T* panel, int64_t panel_stride, int64_t n,
+                            T* c, int64_t ldc, bool add) {
+  constexpr int nr = kNr<T>;
+  for (int64_t j0 = 0; j0 < n; j0 += nr, panel += panel_stride) {
+    const int width = static_cast<int>(n - j0 < nr ? n - j0 : nr);
+    // The next panel is on its way from a farther cache while this one is used; each strip asks for its share.
+    const T* coming = panel + panel_stride;
+    const T* coming_end = coming + (j0 + nr < n ? kc * nr : 0);
+    const int64_t share = ceil_div(kc * nr, ceil_div(m, kMr) * kLine<T>) * kLine<T>;
+    for (int64_t i0 = 0; i0 < m; i0 += kMr) {
+      for (int64_t at = 0; at < share && coming < coming_end; at += kLine<T>, coming += kLine<T>)
+        __builtin_prefetch(coming, 0, 2);
+      T* out = c + i0 * ldc + j0;
+      const int rows = static_cast<int>(m - i0 < kMr ? m - i0 : kMr);
+      if (add)
+        for (int i = 0; i < rows; ++i) __builtin_prefetch(out + i * ldc, 1);
+      Vec<T> acc[kMr][2];
+      micro_kernel<T>(kc, strips + i0 * kc, panel, acc);
+      if (rows == kMr && width == nr) {
+#pragma GCC unroll 14
+        for (int i = 0; i < kMr; ++i) {
+          T* row = out + i * ldc;
+          store(row, add ? load(row) + acc[i][0] : acc[i][0]);
+          store(row + kLanes<T>, add ? load(row + kLanes<T>) + acc[i][1] : acc[i][1]);
+        }
+      } else {
+        alignas(64) T edge[kMr][nr];
+#pragma GCC unroll 14
+        for (int i = 0; i < kMr; ++i) {
+          store(edge[i], acc[i][0]);
+          store(edge[i] + kLanes<T>, acc[i][1]);
+        }
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < width; ++j) out[i * ldc + j] = add ? out[i * ldc + j] + edge[i][j] : edge[i][j];
+      }
+    }
+  }
+}
+
 // One task's share: m <= kMc rows of C, columns [0, n), B packed by pack_panels (packed points at the first panel
 // wanted). Single-threaded; call it inside a task to work on the tile while it is hot.
 template <class T>
 static void gemm_tile(const T* a, int64_t a_row, int64_t a_col, int64_t m, int64_t k, const T* packed, int64_t n, T* c,
                       int64_t ldc, bool accumulate) {
-  constexpr int nr = kNr<T>;
-  alignas(64) T a_packed[kMc * kKc];
+  alignas(64) T strips[kMc * kKc];
   if (k == 0 && !accumulate) {
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = T{0};
   }
   for (int64_t k0 = 0; k0 < k; k0 += kKc) {
     const int64_t kc = k - k0 < kKc ? k - k0 : kKc;
-    const bool add = accumulate || k0 > 0;
-    pack_strips(a + k0 * a_col, a_row, a_col, m, kc, a_packed);
-    for (int64_t j0 = 0; j0 < n; j0 += nr) {
-      const T* b_panel = packed + (j0 / nr) * nr * k + k0 * nr;
-      const int width = static_cast<int>(n - j0 < nr ? n - j0 : nr);
-      // The next panel is on its way from a farther cache while this one is used; each strip asks for its share.
-      const T* coming = b_panel + nr * k;
-      const T* coming_end = coming + (j0 + nr < n ? kc * nr : 0);
-      const int64_t share = ceil_div(kc * nr, ceil_div(m, kMr) * kLine<T>) * kLine<T>;
-      for (int64_t i0 = 0; i0 < m; i0 += kMr) {
-        for (int64_t at = 0; at < share && coming < coming_end; at += kLine<T>, coming += kLine<T>)
-          __builtin_prefetch(coming, 0, 2);
-        T* out = c + i0 * ldc + j0;
-        if (add)
-          for (int i = 0; i < kMr && i0 + i < m; ++i) __builtin_prefetch(out + i * ldc, 1);
-        Vec<T> acc[kMr][2];
-        micro_kernel<T>(kc, a_packed + i0 * kc, b_panel, acc);
-        const int rows = static_cast<int>(m - i0 < kMr ? m - i0 : kMr);
-        if (rows == kMr && width == nr) {
-#pragma GCC unroll 14
-          for (int i = 0; i < kMr; ++i) {
-            T* row = out + i * ldc;
-            store(row, add ? load(row) + acc[i][0] : acc[i][0]);
-            store(row + kLanes<T>, add ? load(row + kLanes<T>) + acc[i][1] : acc[i][1]);
-          }
-        } else {
-          alignas(64) T edge[kMr][nr];
-#pragma GCC unroll 14
-          for (int i = 0; i < kMr; ++i) {
-            store(edge[i], acc[i][0]);
-            store(edge[i] + kLanes<T>, acc[i][1]);
-          }
-          for (int i = 0; i < rows; ++i)
-            for (int j = 0; j < width; ++j) out[i * ldc + j] = add ? out[i * ldc + j] + edge[i][j] : edge[i][j];
-        }
-      }
-    }
+    pack_strips(a + k0 * a_col, a_row, a_col, m, kc, strips);
+    multiply_strips(strips, m, kc, packed + k0 * kNr<T>, kNr<T> * k, n, c, ldc, accumulate || k0 > 0);
   }
+}
+
+// The rows of A for many such tasks, packed once: kMc rows at a time, each k x kMc and contiguous.
+template <class T>
+LCR2S_INLINE int64_t packed_rows_size(int64_t m, int64_t k) {
+  return ceil_div(m, kMc) * kMc * k;
+}
+
+template <class T>
+static void pack_rows(const Parallel& parallel, const T* a, int64_t a_row, int64_t a_col, int64_t m, int64_t k,
+                      T* packed) {
+  parallel.for_each(ceil_div(m, kMc), [=](int64_t task) {
+    const int64_t i0 = task * kMc;
+    for (int64_t k0 = 0; k0 < k; k0 += kKc)
+      pack_strips(a + i0 * a_row + k0 * a_col, a_row, a_col, m - i0 < kMc ? m - i0 : kMc, k - k0 < kKc ? k - k0 : kKc,
+                  packed + i0 * k + k0 * kMc);
+  });
+}
+
+// As gemm_tile, for rows packed by pack_rows (packed_rows points at the first of kMc).
+template <class T>
+static void gemm_tile_packed(const T* packed_rows, int64_t m, int64_t k, const T* packed, int64_t n, T* c,
+                             int64_t ldc) {
+  for (int64_t k0 = 0; k0 < k; k0 += kKc)
+    multiply_strips(packed_rows + k0 * kMc, m, k - k0 < kKc ? k - k0 : kKc, packed + k0 * kNr<T>, kNr<T> * k, n, c, ldc,
+                    k0 > 0);
 }
 
 // The whole product, cut into tasks of kMc rows; wide ones, which pack A less often, where there are enough.

@@ -533,13 +533,19 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
   T* row_parts = args.memory.take<T>(column_tiles * fields * row_stride);
   T* column_parts = args.memory.take<T>(row_tiles * fields * column_stride);
   T* text_transposed = args.memory.take<T>(packed_size<T>(width, block_columns));
+  T* image_strips = args.memory.take<T>(packed_rows_size<T>(block_rows, width));
   T* cosines = nullptr;
   if (need_gradient) cosines = args.memory.take<T>(keep ? rows * ld_kept : block_rows * block_columns);
 
-  // The cosines of one tile: rows [i, i + m), columns [j, j + n) of the block whose texts are packed.
+  const auto pack_texts = [=, &parallel](int64_t j0, int64_t n) {
+    pack_panels(parallel, text.unit + j0 * width, int64_t{1}, width, width, n, text_transposed);
+  };
+  const auto pack_images = [=, &parallel](int64_t i0, int64_t m) {
+    pack_rows(parallel, image.unit + i0 * width, width, int64_t{1}, m, width, image_strips);
+  };
+  // The cosines of one tile: rows [i, i + m), columns [j, j + n) of the block whose images and texts are packed.
   const auto tile_cosines = [=](int64_t i, int64_t m, int64_t j, int64_t n, T* out) {
-    gemm_tile(image.unit + i * width, width, int64_t{1}, m, width, text_transposed + j * width, n, out, kTileColumns,
-              false);
+    gemm_tile_packed(image_strips + i * width, m, width, text_transposed + j * width, n, out, kTileColumns);
   };
   const auto tile_at = [&](int64_t i, int64_t m, int64_t j, int64_t n) {
     return Tile<T>{m, n, image.scale + i, text.scale + j, image.label + i, text.label + j};
@@ -557,12 +563,13 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
   if (!second_pass_only) {
     for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
       const int64_t n = at_most(columns - j0, block_columns);
-      pack_panels(parallel, text.unit + j0 * width, int64_t{1}, width, width, n, text_transposed);
+      pack_texts(j0, n);
       for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
         const int64_t m = at_most(rows - i0, block_rows);
+        pack_images(i0, m);
         for_tiles(m, n, [&](int64_t i, int64_t tm, int64_t j, int64_t tn, int64_t q, int64_t p) {
           alignas(64) T tile[kTileRows * kTileColumns];
-          tile_cosines(i0 + i, tm, j, tn, tile);
+          tile_cosines(i, tm, j, tn, tile);
           tile_statistics<T, Policy>(tile_at(i0 + i, tm, j0 + j, tn), tile, row_parts + p * fields * row_stride + i,
                                      row_stride, column_parts + q * fields * column_stride + j, column_stride);
           if (!keep) return;
@@ -599,15 +606,15 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
     for (int64_t j = 0; j < text.stride; ++j) text.norm_gradient[j] = T{0};
   }
   double of_scale = 0.0;
-  const bool one_text_block = columns <= block_columns;
+  const bool one_block = columns <= block_columns && rows <= block_rows;
   for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
     const int64_t n = at_most(columns - j0, block_columns);
     const T* unit_text = text.unit + j0 * width;
-    if (!keep && (second_pass_only || !one_text_block))
-      pack_panels(parallel, unit_text, int64_t{1}, width, width, n, text_transposed);
+    if (!keep && (second_pass_only || !one_block)) pack_texts(j0, n);
     if (text_rows != nullptr) pack_panels(parallel, unit_text, width, int64_t{1}, n, width, text_rows);
     for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
       const int64_t m = at_most(rows - i0, block_rows);
+      if (!keep && (second_pass_only || !one_block)) pack_images(i0, m);
       const int64_t ld = keep ? ld_kept : block_columns;
       T* block = keep ? cosines + i0 * ld_kept + j0 : cosines;
       for_tiles(m, n, [&](int64_t i, int64_t tm, int64_t j, int64_t tn, int64_t q, int64_t p) {
@@ -615,7 +622,7 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
         const T* source = out;
         alignas(64) T tile[kTileRows * kTileColumns];
         if (!keep) {
-          tile_cosines(i0 + i, tm, j, tn, tile);
+          tile_cosines(i, tm, j, tn, tile);
           source = tile;
         }
         tile_gradient<T, Policy>(tile_at(i0 + i, tm, j0 + j, tn), source, keep ? ld : kTileColumns,
