@@ -122,37 +122,52 @@ LCR2S_INLINE Vec<T> sum_lanes_of(const Vec<T>* vectors) {
   }
 }
 
-// e^x for every lane. float: Cody-Waite reduction and a degree-6 polynomial, below 2 ulp on [-87.3, 88.7]; smaller x
-// gives 0, larger x infinity, NaN stays NaN. double: libm.
-LCR2S_INLINE Vec<float> exp(Vec<float> x) {
-  using V = Vec<float>;
-  using I = Mask<float>;
-  const V magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  V clamped = x < -88.0f ? broadcast(-88.0f) : x;
-  clamped = clamped > 89.0f ? broadcast(89.0f) : clamped;
-  const V shifted = clamped * 1.44269504088896341f + magic;
-  const V n = shifted - magic;
-  const V r = (clamped - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
-  V p = broadcast(1.9875691500e-4f);
+// e^x = p 2^n for x in [-88, 89]: returns p and adds n to the bits of kExpMagic, the sum being `shifted`. Cody-Waite
+// reduction and a polynomial of degree 6.
+constexpr float kExpMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+LCR2S_INLINE Vec<float> exp_reduced(Vec<float> x, Vec<float>& shifted) {
+  shifted = x * 1.44269504088896341f + kExpMagic;
+  const Vec<float> n = shifted - kExpMagic;
+  const Vec<float> r = (x - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+  Vec<float> p = broadcast(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+// e^x for every lane. float: below 2 ulp on [-87.3, 88.7]; smaller x gives 0, larger x infinity, NaN stays NaN. double:
+// libm.
+LCR2S_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  using I = Mask<float>;
+  V clamped = x < -88.0f ? broadcast(-88.0f) : x;
+  clamped = clamped > 89.0f ? broadcast(89.0f) : clamped;
+  V shifted;
+  const V p = exp_reduced(clamped, shifted);
   // 2^n in two factors, so that n = 128 does not overflow the exponent field before the product does.
-  const I whole = __builtin_convertvector(n, I);
+  const I whole = (I)shifted - (I)broadcast(kExpMagic);
   const I half = whole >> 1;
   const V scale_a = (V)((half + 127) << 23);
   const V scale_b = (V)((whole - half + 127) << 23);
   V y = p * scale_a * scale_b;
   y = x < -87.3365448f ? V{} : y;
-  y = x > 88.7228394f ? broadcast(__builtin_inff()) : y;
-  return x != x ? x : y;
+  return x > 88.7228394f ? broadcast(__builtin_inff()) : y;
 }
 LCR2S_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+// The same bits for x <= 0, in fewer instructions.
+LCR2S_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  constexpr float low = -87.3365448f;
+  Vec<float> shifted;
+  const Vec<float> p = exp_reduced(x < low ? broadcast(low) : x, shifted);
+  // What the shift leaves of the sum's bits is n + 127.
+  const Vec<float> y = p * (Vec<float>)(((Mask<float>)shifted + 127) << 23);
+  return x < low ? Vec<float>{} : y;
+}
+LCR2S_INLINE Vec<double> exp_nonpositive(Vec<double> x) { return exp(x); }
 
 }  // namespace lcr2s::cpu::LCR2S_ISA

@@ -24,7 +24,14 @@ constexpr int64_t kChunk = 256;
 constexpr int64_t kPadding = 64;
 
 LCR2S_INLINE int64_t padded(int64_t n) { return ceil_div(n, kPadding) * kPadding; }
-LCR2S_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class N>
+LCR2S_INLINE N at_most(N a, N b) {
+  return a < b ? a : b;
+}
+template <class N>
+LCR2S_INLINE N at_least(N a, N b) {
+  return a > b ? a : b;
+}
 
 // Integers as wide as the lanes of T, so that a comparison of labels selects lanes.
 template <class T>
@@ -74,10 +81,11 @@ struct Direction {
 //   kMaxima            running maxima; with two, the first is over positives and the second over negatives
 //   kSums              sums of exponentials below those maxima
 //   kUniform           a_i = b_j for all rows and columns: pass 2 leaves this factor out, `factor` puts it back
-//   add                one vector of logits into the sums; `below` is the logit less its maximum
-//   rescale            sums when the maxima fall by `shift`, whose exponential is `by`
-//   finish             loss of one row and its coefficients, from the maxima followed by the sums
-//   gradient           dL/dlogit from the coefficients
+//   terms              what one vector of logits adds to the sums; `below` is the logit less its maximum, e its
+//   exponential rescale            sums when the maxima fall by `shift`, whose exponential is `by` finish loss of one
+//   row and its coefficients, from the maxima followed by the sums gradient           dL/dlogit from the coefficients,
+//   the first of which is what `below` is below rebase             the coefficients of another such reference, where
+//   rows and columns can share one (kMaxima is 1)
 // all of it the same for rows and columns.
 
 template <class T>
@@ -86,11 +94,12 @@ struct InfoNce {
   static constexpr bool kUniform = true;
 
   // sum e^(x - m), sum of x over positives
-  LCR2S_INLINE static void add(Vec<T> x, Vec<T> below, Mask<T> positive, Vec<T>* sums) {
-    sums[0] += exp(below);
-    sums[1] += positive ? x : Vec<T>{};
+  LCR2S_INLINE static void terms(Vec<T> x, Vec<T>, Vec<T> e, Mask<T> positive, Vec<T>* out) {
+    out[0] = e;
+    out[1] = positive ? x : Vec<T>{};
   }
-  LCR2S_INLINE static void rescale(Vec<T>* sums, const Vec<T>*, const Vec<T>* by) { sums[0] *= by[0]; }
+  LCR2S_INLINE static void scale(Vec<T>* sums, Vec<T> by) { sums[0] *= by; }
+  LCR2S_INLINE static void rescale(Vec<T>* sums, const Vec<T>*, const Vec<T>* by) { scale(sums, by[0]); }
 
   static double finish(const SimilarityArgs&, const Direction& direction, int64_t positives, const T* state, T* out) {
     const double weight = positives > 0 ? 0.5 / static_cast<double>(direction.valid) : 0.0;
@@ -102,8 +111,8 @@ struct InfoNce {
     // A row that is left out has weight 0, which keeps NaN.
     return weight * (state[0] + __builtin_log(total) - state[2] / count);
   }
-  LCR2S_INLINE static Vec<T> gradient(Vec<T> x, Mask<T> positive, const Vec<T>* c) {
-    return exp(x - c[0]) * c[1] - (positive ? c[2] : Vec<T>{});
+  LCR2S_INLINE static Vec<T> gradient(Vec<T>, Vec<T> e, Mask<T> positive, const Vec<T>* c) {
+    return e * c[1] - (positive ? c[2] : Vec<T>{});
   }
 };
 
@@ -115,17 +124,17 @@ struct Matching {
 
   // sum e^(x - m) over positives, sum e^(x - m) (x - m) over all, sum e^(x - m) over negatives: the small one of the
   // two masses keeps its digits
-  LCR2S_INLINE static void add(Vec<T>, Vec<T> below, Mask<T> positive, Vec<T>* sums) {
-    const Vec<T> e = exp(below);
-    const Vec<T> of_positive = positive ? e : Vec<T>{};
-    sums[0] += of_positive;
-    sums[1] += e * below;
-    sums[2] += e - of_positive;
+  LCR2S_INLINE static void terms(Vec<T>, Vec<T> below, Vec<T> e, Mask<T> positive, Vec<T>* out) {
+    out[0] = positive ? e : Vec<T>{};
+    out[1] = e * below;
+    out[2] = e - out[0];
+  }
+  LCR2S_INLINE static void scale(Vec<T>* sums, Vec<T> by) {
+    for (int f = 0; f < kSums; ++f) sums[f] *= by;
   }
   LCR2S_INLINE static void rescale(Vec<T>* sums, const Vec<T>* shift, const Vec<T>* by) {
-    sums[1] = by[0] * (sums[1] + (sums[0] + sums[2]) * shift[0]);
-    sums[0] *= by[0];
-    sums[2] *= by[0];
+    sums[1] += (sums[0] + sums[2]) * shift[0];
+    scale(sums, by[0]);
   }
 
   static double finish(const SimilarityArgs& args, const Direction& direction, int64_t positives, const T* state,
@@ -148,9 +157,8 @@ struct Matching {
     out[3] = static_cast<T>(log_total + lb + loss);
     return weight * loss;
   }
-  LCR2S_INLINE static Vec<T> gradient(Vec<T> x, Mask<T> positive, const Vec<T>* c) {
-    const Vec<T> below = x - c[0];
-    return exp(below) * c[1] * (below - (positive ? c[2] : c[3]));
+  LCR2S_INLINE static Vec<T> gradient(Vec<T> below, Vec<T> e, Mask<T> positive, const Vec<T>* c) {
+    return e * c[1] * (below - (positive ? c[2] : c[3]));
   }
 };
 
@@ -160,12 +168,10 @@ struct Tal {
   static constexpr bool kUniform = true;
 
   // over positives sum e^(x - m) and sum e^(x - m) (x - m), over negatives sum e^(x - m)
-  LCR2S_INLINE static void add(Vec<T>, Vec<T> below, Mask<T> positive, Vec<T>* sums) {
-    const Vec<T> e = exp(below);
-    const Vec<T> of_positive = positive ? e : Vec<T>{};
-    sums[0] += of_positive;
-    sums[1] += positive ? e * below : Vec<T>{};
-    sums[2] += e - of_positive;
+  LCR2S_INLINE static void terms(Vec<T>, Vec<T> below, Vec<T> e, Mask<T> positive, Vec<T>* out) {
+    out[0] = positive ? e : Vec<T>{};
+    out[1] = positive ? e * below : Vec<T>{};
+    out[2] = e - out[0];
   }
   LCR2S_INLINE static void rescale(Vec<T>* sums, const Vec<T>* shift, const Vec<T>* by) {
     sums[1] = by[0] * (sums[1] + sums[0] * shift[0]);
@@ -190,8 +196,8 @@ struct Tal {
     out[3] = static_cast<T>(1.0 / of_negative);
     return hinge;
   }
-  LCR2S_INLINE static Vec<T> gradient(Vec<T> x, Mask<T> positive, const Vec<T>* c) {
-    return exp(x - (positive ? c[0] : c[2])) * (positive ? c[1] : c[3]);
+  LCR2S_INLINE static Vec<T> gradient(Vec<T>, Vec<T> e, Mask<T> positive, const Vec<T>* c) {
+    return e * (positive ? c[1] : c[3]);
   }
 };
 
@@ -199,6 +205,13 @@ template <class T, class Policy>
 LCR2S_INLINE Vec<T> maximum_of(const Vec<T>* maxima, Mask<T> positive) {
   if constexpr (Policy::kMaxima == 2) return positive ? maxima[0] : maxima[1];
   return maxima[0];
+}
+
+// What a logit of a row is below in pass 2, from the row's coefficients.
+template <class T, class Policy>
+LCR2S_INLINE Vec<T> reference_of(const Vec<T>* coefficients, Mask<T> positive) {
+  if constexpr (Policy::kMaxima == 2) return positive ? coefficients[0] : coefficients[2];
+  return coefficients[0];
 }
 
 template <class T, class Policy>
@@ -224,6 +237,17 @@ LCR2S_INLINE void for_columns(int64_t n, const F& body) {
 }
 
 template <class T>
+struct Range {
+  T least = -kLowest<T>;
+  T greatest = kLowest<T>;
+
+  LCR2S_INLINE void include(T x) {
+    least = x < least ? x : least;
+    greatest = x > greatest ? x : greatest;
+  }
+};
+
+template <class T>
 struct Tile {
   int64_t rows;
   int64_t columns;
@@ -233,6 +257,73 @@ struct Tile {
   const Label<T>* row_label;
   const Label<T>* column_label;
 };
+
+// Logits of a row and of columns; beyond the last column the row's are below all others.
+template <class T, class Policy>
+LCR2S_INLINE void logits(const Tile<T>& tile, const T* cosine, Vec<T> a, int64_t j, Mask<T> inside, Vec<T>& x,
+                         Vec<T>& y) {
+  const Vec<T> value = load(cosine + j);
+  x = inside ? rounded<T>(value * a) : broadcast(kLowest<T>);
+  y = Policy::kUniform ? x : rounded<T>(value * load(tile.column_scale + j));
+}
+
+// Where the maxima of rows and columns lie no farther apart, one exponential below the greatest serves both: what it
+// flushes to zero is below 1e-20 of its row and of its column.
+template <class T>
+constexpr T kSharedRange = 40;
+
+template <class T, class Policy>
+constexpr bool kCanShare = Policy::kUniform && Policy::kMaxima == 1;
+
+// Sums of a tile, below its rows' and columns' maxima; kShared: their exponentials are all below `reference`.
+template <class T, class Policy, bool kShared>
+static void tile_sums(const Tile<T>& tile, const T* cosine, T reference, const T (*row_max)[kTileRows],
+                      const T (*column_max)[kTileColumns], T (*row_sum)[kTileRows], T (*column_sum)[kTileColumns]) {
+  using V = Vec<T>;
+  constexpr int maxima = Policy::kMaxima, sums = Policy::kSums;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const T* c = cosine + i * kTileColumns;
+    const V a = broadcast(tile.row_scale[i]);
+    const Mask<T> label = Mask<T>{} + tile.row_label[i];
+    V top[maxima];
+    for (int g = 0; g < maxima; ++g) top[g] = broadcast(row_max[g][i]);
+    V total[sums] = {};
+    for_columns<T>(tile.columns, [&](int64_t j, Mask<T> inside) __attribute__((always_inline)) {
+      V x, y;
+      logits<T, Policy>(tile, c, a, j, inside, x, y);
+      const Mask<T> positive = load_labels<T>(tile.column_label + j) == label;
+      V column_top[maxima];
+      for (int g = 0; g < maxima; ++g) column_top[g] = load(column_max[g] + j);
+      const V of_row = x - maximum_of<T, Policy>(top, positive);
+      const V of_column = y - maximum_of<T, Policy>(column_top, positive);
+      V row_exp, column_exp;
+      if constexpr (kShared) {
+        row_exp = column_exp = exp_nonpositive(x - reference);
+      } else {
+        row_exp = exp_nonpositive(of_row);
+        column_exp = exp_nonpositive(of_column);
+      }
+      V terms[sums];
+      Policy::terms(x, of_row, row_exp, positive, terms);
+      for (int f = 0; f < sums; ++f) total[f] += terms[f];
+      Policy::terms(y, of_column, column_exp, positive, terms);
+      for (int f = 0; f < sums; ++f) store(column_sum[f] + j, load(column_sum[f] + j) + terms[f]);
+    });
+    for (int f = 0; f < sums; ++f) row_sum[f][i] = sum_lanes<T>(total[f]);
+  }
+}
+
+// From exponentials below `reference` to exponentials below each row's maximum.
+template <class T, class Policy, int64_t kRows>
+LCR2S_INLINE void leave_reference(T reference, const T* maxima, T (*sums)[kRows]) {
+  static_assert(kRows % kLanes<T> == 0);
+  for (int64_t i = 0; i < kRows; i += kLanes<T>) {
+    Vec<T> fields[Policy::kSums];
+    for (int f = 0; f < Policy::kSums; ++f) fields[f] = load(sums[f] + i);
+    Policy::scale(fields, exp(reference - load(maxima + i)));
+    for (int f = 0; f < Policy::kSums; ++f) store(sums[f] + i, fields[f]);
+  }
+}
 
 // Maxima and sums of a tile (cosines in rows of kTileColumns), for its rows and for its columns: field f of row i at
 // row_out[f * row_stride + i], likewise for columns.
@@ -244,25 +335,19 @@ static void tile_statistics(const Tile<T>& tile, const T* cosine, T* row_out, in
   const V low = broadcast(kLowest<T>);
   alignas(64) T column_max[maxima][kTileColumns];
   alignas(64) T column_sum[sums][kTileColumns] = {};
-  T row_max[maxima][kTileRows];
+  alignas(64) T row_max[maxima][kTileRows] = {};
+  alignas(64) T row_sum[sums][kTileRows] = {};
   for (int g = 0; g < maxima; ++g)
     for (int64_t j = 0; j < kTileColumns; j += kLanes<T>) store(column_max[g] + j, low);
 
-  const auto logits = [&](const T* c, V a, int64_t j, Mask<T> inside, V& x, V& y) __attribute__((always_inline)) {
-    const V value = load(c + j);
-    x = inside ? rounded<T>(value * a) : low;
-    y = Policy::kUniform ? x : rounded<T>(value * load(tile.column_scale + j));
-  };
-
   for (int64_t i = 0; i < tile.rows; ++i) {
-    const T* c = cosine + i * kTileColumns;
     const V a = broadcast(tile.row_scale[i]);
     const Mask<T> label = Mask<T>{} + tile.row_label[i];
     V best[maxima];
     for (int g = 0; g < maxima; ++g) best[g] = low;
     for_columns<T>(tile.columns, [&](int64_t j, Mask<T> inside) __attribute__((always_inline)) {
       V x, y;
-      logits(c, a, j, inside, x, y);
+      logits<T, Policy>(tile, cosine + i * kTileColumns, a, j, inside, x, y);
       const Mask<T> positive = maxima == 2 ? load_labels<T>(tile.column_label + j) == label : Mask<T>{};
       raise<T, Policy>(best, x, positive);
       V of_column[maxima];
@@ -273,33 +358,30 @@ static void tile_statistics(const Tile<T>& tile, const T* cosine, T* row_out, in
     for (int g = 0; g < maxima; ++g) row_max[g][i] = max_lanes<T>(best[g]);
   }
 
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const T* c = cosine + i * kTileColumns;
-    const V a = broadcast(tile.row_scale[i]);
-    const Mask<T> label = Mask<T>{} + tile.row_label[i];
-    V top[maxima];
-    for (int g = 0; g < maxima; ++g) top[g] = broadcast(row_max[g][i]);
-    V total[sums] = {};
-    for_columns<T>(tile.columns, [&](int64_t j, Mask<T> inside) __attribute__((always_inline)) {
-      V x, y;
-      logits(c, a, j, inside, x, y);
-      const Mask<T> positive = load_labels<T>(tile.column_label + j) == label;
-      Policy::add(x, x - maximum_of<T, Policy>(top, positive), positive, total);
-      V column_top[maxima];
-      for (int g = 0; g < maxima; ++g) column_top[g] = load(column_max[g] + j);
-      V of_column[sums];
-      for (int f = 0; f < sums; ++f) of_column[f] = load(column_sum[f] + j);
-      Policy::add(y, y - maximum_of<T, Policy>(column_top, positive), positive, of_column);
-      for (int f = 0; f < sums; ++f) store(column_sum[f] + j, of_column[f]);
-    });
-    for (int g = 0; g < maxima; ++g) row_out[g * row_stride + i] = row_max[g][i];
-    for (int f = 0; f < sums; ++f) row_out[(maxima + f) * row_stride + i] = sum_lanes<T>(total[f]);
+  bool shared = false;
+  if constexpr (kCanShare<T, Policy>) {
+    Range<T> range;
+    for (int64_t i = 0; i < tile.rows; ++i) range.include(row_max[0][i]);
+    for (int64_t j = 0; j < tile.columns; ++j) range.include(column_max[0][j]);
+    shared = range.greatest - range.least <= kSharedRange<T>;
+    if (shared) {
+      tile_sums<T, Policy, true>(tile, cosine, range.greatest, row_max, column_max, row_sum, column_sum);
+      leave_reference<T, Policy>(range.greatest, row_max[0], row_sum);
+      leave_reference<T, Policy>(range.greatest, column_max[0], column_sum);
+    }
   }
-  for (int g = 0; g < maxima; ++g)
-    __builtin_memcpy(column_out + g * column_stride, column_max[g], static_cast<size_t>(tile.columns) * sizeof(T));
-  for (int f = 0; f < sums; ++f)
-    __builtin_memcpy(column_out + (maxima + f) * column_stride, column_sum[f],
-                     static_cast<size_t>(tile.columns) * sizeof(T));
+  if (!shared) tile_sums<T, Policy, false>(tile, cosine, T{0}, row_max, column_max, row_sum, column_sum);
+  const auto write = [](const T* from, int64_t count, T* to) {
+    __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
+  };
+  for (int g = 0; g < maxima; ++g) {
+    write(row_max[g], tile.rows, row_out + g * row_stride);
+    write(column_max[g], tile.columns, column_out + g * column_stride);
+  }
+  for (int f = 0; f < sums; ++f) {
+    write(row_sum[f], tile.rows, row_out + (maxima + f) * row_stride);
+    write(column_sum[f], tile.columns, column_out + (maxima + f) * column_stride);
+  }
 }
 
 // Merges the tiles' statistics of `count` rows into their running state, tile by tile. Field f of tile q is at
@@ -324,8 +406,8 @@ static void merge_statistics(const Parallel& parallel, const T* parts, int64_t t
           const V best = greater<T>(part_top, top[g]);
           shift[g] = top[g] - best;
           part_shift[g] = part_top - best;
-          by[g] = exp(shift[g]);
-          part_by[g] = exp(part_shift[g]);
+          by[g] = exp_nonpositive(shift[g]);
+          part_by[g] = exp_nonpositive(part_shift[g]);
           top[g] = best;
         }
         Policy::rescale(total, shift, by);
@@ -340,11 +422,11 @@ static void merge_statistics(const Parallel& parallel, const T* parts, int64_t t
 
 // G of a tile from its cosines, which it may overwrite, and what the factors of the logits need: with one factor for
 // all, sum_j G_ij c_ij of every row; with norms, sum_j (dL/dx_ij) c_ij of its rows and sum_i (dL/dy_ij) c_ij of its
-// columns.
-template <class T, class Policy>
-static void tile_gradient(const Tile<T>& tile, const T* cosine, int64_t ld_cosine, const T* row_coefficient,
-                          int64_t row_stride, const T* column_coefficient, int64_t column_stride, T* out,
-                          int64_t ld_out, T* row_sum, T* column_sum) {
+// columns. kShared: exponentials are below `reference`, and the coefficients' factors are of such.
+template <class T, class Policy, bool kShared>
+static void tile_gradient(const Tile<T>& tile, const T* cosine, int64_t ld_cosine, T reference,
+                          const T* row_coefficient, int64_t row_stride, const T* column_coefficient,
+                          int64_t column_stride, T* out, int64_t ld_out, T* row_sum, T* column_sum) {
   using V = Vec<T>;
   constexpr int coefficients = Policy::kCoefficients;
   alignas(64) T column_total[kTileColumns];
@@ -364,14 +446,19 @@ static void tile_gradient(const Tile<T>& tile, const T* cosine, int64_t ld_cosin
       V of_column[coefficients];
       for (int f = 0; f < coefficients; ++f) of_column[f] = load(column_coefficient + f * column_stride + j);
       const V x = rounded<T>(a * value);
+      const auto gradient = [&](V logit, const V* coefficient) __attribute__((always_inline)) {
+        const V below = logit - reference_of<T, Policy>(coefficient, positive);
+        const V e = kShared ? exp_nonpositive(logit - reference) : exp_nonpositive(below);
+        return Policy::gradient(below, e, positive, coefficient);
+      };
       if constexpr (Policy::kUniform) {
-        const V both = Policy::gradient(x, positive, of_row) + Policy::gradient(x, positive, of_column);
+        const V both = gradient(x, of_row) + gradient(x, of_column);
         store(g + j, both);
         row_total += inside ? both * value : V{};
       } else {
         const V b = load(tile.column_scale + j);
-        const V by_row = Policy::gradient(x, positive, of_row);
-        const V by_column = Policy::gradient(rounded<T>(b * value), positive, of_column);
+        const V by_row = gradient(x, of_row);
+        const V by_column = gradient(rounded<T>(b * value), of_column);
         store(g + j, a * by_row + b * by_column);
         row_total += inside ? by_row * value : V{};
         store(column_total + j, load(column_total + j) + by_column * value);
@@ -466,6 +553,19 @@ struct Side {
     const int64_t n = direction.rows;
     for (int f = 0; f < Policy::kCoefficients; ++f)
       __builtin_memcpy(coefficient + f * stride, in + f * n, static_cast<size_t>(n) * sizeof(T));
+  }
+
+  Range<T> references() const {
+    Range<T> range;
+    for (int64_t i = 0; i < direction.rows; ++i) range.include(coefficient[i]);
+    return range;
+  }
+
+  // From exponentials below each row's own reference to exponentials below this one.
+  void take_reference(T reference) const {
+    for (int64_t i = 0; i < direction.rows; ++i)
+      coefficient[stride + i] *=
+          static_cast<T>(__builtin_exp(static_cast<double>(reference) - static_cast<double>(coefficient[i])));
   }
 
   // From the gradient of the unit rows to that of the raw rows, in place.
@@ -599,6 +699,17 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
   }
   if (!need_gradient) return;
 
+  const Range<T> of_image = image.references(), of_text = text.references();
+  const T least = at_most(of_image.least, of_text.least);
+  const T reference = at_least(of_image.greatest, of_text.greatest);
+  const bool shared = kCanShare<T, Policy> && reference - least <= kSharedRange<T>;
+  if (shared) {
+    image.take_reference(reference);
+    text.take_reference(reference);
+  }
+  const auto compute_gradient =
+      shared ? &tile_gradient<T, Policy, kCanShare<T, Policy>> : &tile_gradient<T, Policy, false>;
+
   T* text_rows = grad_image == nullptr ? nullptr : args.memory.take<T>(packed_size<T>(block_columns, width));
   T* image_rows = grad_text == nullptr ? nullptr : args.memory.take<T>(packed_size<T>(block_rows, width));
   if constexpr (!Policy::kUniform) {
@@ -625,9 +736,9 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
           tile_cosines(i, tm, j, tn, tile);
           source = tile;
         }
-        tile_gradient<T, Policy>(tile_at(i0 + i, tm, j0 + j, tn), source, keep ? ld : kTileColumns,
-                                 image.coefficient + i0 + i, image.stride, text.coefficient + j0 + j, text.stride, out,
-                                 ld, row_parts + p * row_stride + i, column_parts + q * column_stride + j);
+        compute_gradient(tile_at(i0 + i, tm, j0 + j, tn), source, keep ? ld : kTileColumns, reference,
+                         image.coefficient + i0 + i, image.stride, text.coefficient + j0 + j, text.stride, out, ld,
+                         row_parts + p * row_stride + i, column_parts + q * column_stride + j);
       });
       for (int64_t p = 0; p < ceil_div(n, kTileColumns); ++p)
         for (int64_t i = 0; i < m; ++i) {
