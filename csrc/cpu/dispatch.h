@@ -6,10 +6,11 @@
 // Args) in a family's header declares all copies and the function that picks one at run time.
 namespace lcr2s::cpu {
 
-enum class Isa { portable, avx2, avx512 };
+// avx512_bf16 has the kernels of avx512, which take products of bfloat16 features in pairs where they find it.
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
-// The best instruction set that this processor runs and this library holds; LCR2S_CPU_ISA=portable|avx2|avx512 lowers
-// it.
+// The best instruction set that this processor runs and this library holds; LCR2S_CPU_ISA=portable|avx2|avx512
+// lowers it.
 Isa current_isa();
 const char* isa_name(Isa isa);
 
@@ -27,6 +28,7 @@ const char* isa_name(Isa isa);
   LCR2S_DECLARE_IN(avx512, name, Args)                           \
   inline void name(const Args& args, const Parallel& parallel) { \
     switch (current_isa()) {                                     \
+      case Isa::avx512_bf16:                                     \
       case Isa::avx512:                                          \
         return avx512::name(args, parallel);                     \
       case Isa::avx2:                                            \

@@ -19,6 +19,40 @@ constexpr int64_t kKc = 256;
 // Rows of A that one task packs: a multiple of kMr near 100.
 constexpr int64_t kMc = kMr * (LCR2S_VECTOR_BYTES == 64 ? 8 : 16);
 
+// What a step of the product does with an element of A, the same for all lanes, and a vector of B.
+template <class T>
+struct Operand {
+  using Sum = T;
+  using Vector = Vec<T>;
+
+  LCR2S_INLINE static void multiply_add(Vec<T>& sum, T a, Vector b) { sum += a * b; }
+};
+
+// Two bfloat16, neighbours in k, as one element: a product at the double rate where the processor has it (AVX512_BF16).
+using Pair = int32_t;
+
+template <>
+struct Operand<Pair> {
+  using Sum = float;
+  using Vector = Mask<float>;
+
+  LCR2S_INLINE static void multiply_add(Vec<float>& sum, Pair a, Vector b) {
+    const Vector left = Vector{} + a;
+#ifdef __AVX512F__
+    // By its name: nothing else of this copy may use the extension.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(b));
+#else
+    // What that instruction computes, subnormal numbers apart.
+    constexpr int32_t high = -65536;
+    sum += (Vec<float>)(left & high) * (Vec<float>)(b & high);
+    sum += (Vec<float>)(left << 16) * (Vec<float>)(b << 16);
+#endif
+  }
+};
+
+template <class T>
+using Sum = typename Operand<T>::Sum;
+
 // Four consecutive elements of four rows, transposed: column q goes to dst + q * ld.
 template <class T>
 LCR2S_INLINE void transpose4(const T* src, int64_t row_stride, T* dst, int64_t ld) {
@@ -74,28 +108,29 @@ static void pack_panels(const Parallel& parallel, const T* b, int64_t row_stride
 
 // acc (kMr x kNr) += a column of A (kMr) . a row of B (kNr)
 template <class T>
-LCR2S_INLINE void outer_product(const T* __restrict a, const T* __restrict b, Vec<T> (&acc)[kMr][2]) {
-  const Vec<T> b0 = load(b);
-  const Vec<T> b1 = load(b + kLanes<T>);
+LCR2S_INLINE void outer_product(const T* __restrict a, const T* __restrict b, Vec<Sum<T>> (&acc)[kMr][2]) {
+  typename Operand<T>::Vector b0, b1;
+  __builtin_memcpy(&b0, b, sizeof(b0));
+  __builtin_memcpy(&b1, b + kLanes<T>, sizeof(b1));
 #pragma GCC unroll 14
   for (int i = 0; i < kMr; ++i) {
-    acc[i][0] += a[i] * b0;
-    acc[i][1] += a[i] * b1;
+    Operand<T>::multiply_add(acc[i][0], a[i], b0);
+    Operand<T>::multiply_add(acc[i][1], a[i], b1);
   }
 }
 
 // acc (kMr x kNr) = A panel (kc x kMr) . B panel (kc x kNr)
 template <class T>
-LCR2S_INLINE void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, Vec<T> (&acc)[kMr][2]) {
+LCR2S_INLINE void micro_kernel(int64_t kc, const T* __restrict a, const T* __restrict b, Vec<Sum<T>> (&acc)[kMr][2]) {
   // Of a sixth of a loop's instructions the multiplications have no use: a processor whose core is shared notices.
   constexpr int unroll = kMr > 8 ? 4 : 8;
 #pragma GCC unroll 14
-  for (int i = 0; i < kMr; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
+  for (int i = 0; i < kMr; ++i) acc[i][0] = acc[i][1] = Vec<Sum<T>>{};
   int64_t p = 0;
   for (; p + unroll <= kc; p += unroll)
 #pragma GCC unroll 8
-    for (int q = 0; q < unroll; ++q) outer_product(a + (p + q) * kMr, b + (p + q) * kNr<T>, acc);
-  for (; p < kc; ++p) outer_product(a + p * kMr, b + p * kNr<T>, acc);
+    for (int q = 0; q < unroll; ++q) outer_product<T>(a + (p + q) * kMr, b + (p + q) * kNr<T>, acc);
+  for (; p < kc; ++p) outer_product<T>(a + p * kMr, b + p * kNr<T>, acc);
 }
 
 // Rows [0, m) and columns [0, kc) of A in strips of kMr rows: element (row i of strip s, column p) goes to
@@ -144,7 +179,7 @@ LCR2S_INLINE void pack_strips(const T* a, int64_t a_row, int64_t a_col, int64_t 
 // C (m x n) = or += strips (m x kc) . B, whose first panel begins at `panel` and whose panels lie panel_stride apart.
 template <class T>
 static void multiply_strips(const T* strips, int64_t m, int64_t kc, const T* panel, int64_t panel_stride, int64_t n,
-                            T* c, int64_t ldc, bool add) {
+                            Sum<T>* c, int64_t ldc, bool add) {
   constexpr int nr = kNr<T>;
   for (int64_t j0 = 0; j0 < n; j0 += nr, panel += panel_stride) {
     const int width = static_cast<int>(n - j0 < nr ? n - j0 : nr);
@@ -155,21 +190,21 @@ static void multiply_strips(const T* strips, int64_t m, int64_t kc, const T* pan
     for (int64_t i0 = 0; i0 < m; i0 += kMr) {
       for (int64_t at = 0; at < share && coming < coming_end; at += kLine<T>, coming += kLine<T>)
         __builtin_prefetch(coming, 0, 2);
-      T* out = c + i0 * ldc + j0;
+      Sum<T>* out = c + i0 * ldc + j0;
       const int rows = static_cast<int>(m - i0 < kMr ? m - i0 : kMr);
       if (add)
         for (int i = 0; i < rows; ++i) __builtin_prefetch(out + i * ldc, 1);
-      Vec<T> acc[kMr][2];
+      Vec<Sum<T>> acc[kMr][2];
       micro_kernel<T>(kc, strips + i0 * kc, panel, acc);
       if (rows == kMr && width == nr) {
 #pragma GCC unroll 14
         for (int i = 0; i < kMr; ++i) {
-          T* row = out + i * ldc;
+          Sum<T>* row = out + i * ldc;
           store(row, add ? load(row) + acc[i][0] : acc[i][0]);
           store(row + kLanes<T>, add ? load(row + kLanes<T>) + acc[i][1] : acc[i][1]);
         }
       } else {
-        alignas(64) T edge[kMr][nr];
+        alignas(64) Sum<T> edge[kMr][nr];
 #pragma GCC unroll 14
         for (int i = 0; i < kMr; ++i) {
           store(edge[i], acc[i][0]);
@@ -218,7 +253,7 @@ static void pack_rows(const Parallel& parallel, const T* a, int64_t a_row, int64
 
 // As gemm_tile, for rows packed by pack_rows (packed_rows points at the first of kMc).
 template <class T>
-static void gemm_tile_packed(const T* packed_rows, int64_t m, int64_t k, const T* packed, int64_t n, T* c,
+static void gemm_tile_packed(const T* packed_rows, int64_t m, int64_t k, const T* packed, int64_t n, Sum<T>* c,
                              int64_t ldc) {
   for (int64_t k0 = 0; k0 < k; k0 += kKc)
     multiply_strips(packed_rows + k0 * kMc, m, k - k0 < kKc ? k - k0 : kKc, packed + k0 * kNr<T>, kNr<T> * k, n, c, ldc,

@@ -579,6 +579,107 @@ struct Side {
   }
 };
 
+// Tiles of cosines of a block of images and a block of texts, whose operands are packed once a block. Where both are
+// bfloat16 and the processor multiplies such pairs, the operands are the features themselves, brought near length 1 by
+// powers of two, so that nothing is rounded; the rest of the norms goes into the cosines.
+template <class T, class Policy>
+class Cosines {
+ public:
+  Cosines(const SimilarityArgs& args, const Parallel& parallel, const Side<T, Policy>& image,
+          const Side<T, Policy>& text, int64_t block_rows, int64_t block_columns)
+      : parallel_(parallel),
+        width_(args.image.width),
+        image_{image.unit, nullptr, nullptr, 0},
+        text_{text.unit, nullptr, nullptr, 0},
+        in_pairs_(take_pairs(args)) {
+    if (in_pairs_) {
+      width_ = ceil_div(width_, 2);
+      pair_rows(args.memory, image, image_);
+      pair_rows(args.memory, text, text_);
+    }
+    image_strips_ = args.memory.take<T>(packed_rows_size<T>(block_rows, width_));
+    text_panels_ = args.memory.take<T>(packed_size<T>(width_, block_columns));
+  }
+
+  void pack_images(int64_t begin, int64_t count) {
+    image_.begin = begin;
+    if constexpr (kMayPair) {
+      if (in_pairs_) {
+        pack_rows(parallel_, image_.pairs + begin * width_, width_, int64_t{1}, count, width_, paired(image_strips_));
+        return;
+      }
+    }
+    pack_rows(parallel_, image_.unit + begin * width_, width_, int64_t{1}, count, width_, image_strips_);
+  }
+
+  void pack_texts(int64_t begin, int64_t count) {
+    text_.begin = begin;
+    if constexpr (kMayPair) {
+      if (in_pairs_) {
+        pack_panels(parallel_, text_.pairs + begin * width_, int64_t{1}, width_, width_, count, paired(text_panels_));
+        return;
+      }
+    }
+    pack_panels(parallel_, text_.unit + begin * width_, int64_t{1}, width_, width_, count, text_panels_);
+  }
+
+  // Images [i, i + m) and texts [j, j + n), counted from the blocks; i at a tile's, j at a panel's beginning.
+  void tile(int64_t i, int64_t m, int64_t j, int64_t n, T* out) const {
+    if constexpr (kMayPair) {
+      if (in_pairs_) {
+        gemm_tile_packed(paired(image_strips_) + i * width_, m, width_, paired(text_panels_) + j * width_, n, out,
+                         kTileColumns);
+        const T* of_text = text_.rest + text_.begin + j;
+        for (int64_t row = 0; row < m; ++row) {
+          const T of_image = image_.rest[image_.begin + i + row];
+          T* c = out + row * kTileColumns;
+          for (int64_t at = 0; at < n; at += kLanes<T>) store(c + at, load(c + at) * (of_image * load(of_text + at)));
+        }
+        return;
+      }
+    }
+    gemm_tile_packed(image_strips_ + i * width_, m, width_, text_panels_ + j * width_, n, out, kTileColumns);
+  }
+
+ private:
+  static constexpr bool kMayPair = sizeof(T) == sizeof(Pair) && LCR2S_VECTOR_BYTES == 64;
+
+  struct Rows {
+    const T* unit;
+    Pair* pairs;
+    // Norms of the paired rows, inverted; to whole vectors.
+    T* rest;
+    int64_t begin;
+  };
+
+  static bool take_pairs(const SimilarityArgs& args) {
+    return kMayPair && current_isa() == Isa::avx512_bf16 && args.image.dtype == DType::bfloat16 &&
+           args.text.dtype == DType::bfloat16;
+  }
+
+  static Pair* paired(T* packed) { return reinterpret_cast<Pair*>(packed); }
+
+  void pair_rows(const Memory& memory, const Side<T, Policy>& side, Rows& rows) const {
+    rows.pairs = memory.take<Pair>(side.direction.rows * width_);
+    rows.rest = memory.take<T>(side.stride);
+    for (int64_t i = side.direction.rows; i < side.stride; ++i) rows.rest[i] = T{0};
+    for_rows(parallel_, 0, side.direction.rows, [&](int64_t i) {
+      const double scale = binary_scale(side.inverse_norm[i]);
+      scale_row_to_pairs(*side.features, i, scale, reinterpret_cast<BFloat16*>(rows.pairs + i * width_));
+      rows.rest[i] = static_cast<T>(side.inverse_norm[i] / scale);
+    });
+  }
+
+  const Parallel& parallel_;
+  // Elements of an operand's row.
+  int64_t width_;
+  Rows image_;
+  Rows text_;
+  bool in_pairs_;
+  T* image_strips_;
+  T* text_panels_;
+};
+
 template <class T>
 struct Uniform {
   // Logits are value * c; dL/dc is factor times what Policy::gradient gives.
@@ -632,21 +733,10 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
 
   T* row_parts = args.memory.take<T>(column_tiles * fields * row_stride);
   T* column_parts = args.memory.take<T>(row_tiles * fields * column_stride);
-  T* text_transposed = args.memory.take<T>(packed_size<T>(width, block_columns));
-  T* image_strips = args.memory.take<T>(packed_rows_size<T>(block_rows, width));
-  T* cosines = nullptr;
-  if (need_gradient) cosines = args.memory.take<T>(keep ? rows * ld_kept : block_rows * block_columns);
+  Cosines<T, Policy> cosines(args, parallel, image, text, block_rows, block_columns);
+  T* tiles = nullptr;
+  if (need_gradient) tiles = args.memory.take<T>(keep ? rows * ld_kept : block_rows * block_columns);
 
-  const auto pack_texts = [=, &parallel](int64_t j0, int64_t n) {
-    pack_panels(parallel, text.unit + j0 * width, int64_t{1}, width, width, n, text_transposed);
-  };
-  const auto pack_images = [=, &parallel](int64_t i0, int64_t m) {
-    pack_rows(parallel, image.unit + i0 * width, width, int64_t{1}, m, width, image_strips);
-  };
-  // The cosines of one tile: rows [i, i + m), columns [j, j + n) of the block whose images and texts are packed.
-  const auto tile_cosines = [=](int64_t i, int64_t m, int64_t j, int64_t n, T* out) {
-    gemm_tile_packed(image_strips + i * width, m, width, text_transposed + j * width, n, out, kTileColumns);
-  };
   const auto tile_at = [&](int64_t i, int64_t m, int64_t j, int64_t n) {
     return Tile<T>{m, n, image.scale + i, text.scale + j, image.label + i, text.label + j};
   };
@@ -663,18 +753,18 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
   if (!second_pass_only) {
     for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
       const int64_t n = at_most(columns - j0, block_columns);
-      pack_texts(j0, n);
+      cosines.pack_texts(j0, n);
       for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
         const int64_t m = at_most(rows - i0, block_rows);
-        pack_images(i0, m);
+        cosines.pack_images(i0, m);
         for_tiles(m, n, [&](int64_t i, int64_t tm, int64_t j, int64_t tn, int64_t q, int64_t p) {
           alignas(64) T tile[kTileRows * kTileColumns];
-          tile_cosines(i, tm, j, tn, tile);
+          cosines.tile(i, tm, j, tn, tile);
           tile_statistics<T, Policy>(tile_at(i0 + i, tm, j0 + j, tn), tile, row_parts + p * fields * row_stride + i,
                                      row_stride, column_parts + q * fields * column_stride + j, column_stride);
           if (!keep) return;
           for (int64_t r = 0; r < tm; ++r)
-            __builtin_memcpy(cosines + (i0 + i + r) * ld_kept + j0 + j, tile + r * kTileColumns,
+            __builtin_memcpy(tiles + (i0 + i + r) * ld_kept + j0 + j, tile + r * kTileColumns,
                              static_cast<size_t>(tn) * sizeof(T));
         });
         merge_statistics<T, Policy>(parallel, row_parts, ceil_div(n, kTileColumns), fields * row_stride, row_stride, m,
@@ -721,19 +811,19 @@ static void run(const SimilarityArgs& args, const Parallel& parallel) {
   for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
     const int64_t n = at_most(columns - j0, block_columns);
     const T* unit_text = text.unit + j0 * width;
-    if (!keep && (second_pass_only || !one_block)) pack_texts(j0, n);
+    if (!keep && (second_pass_only || !one_block)) cosines.pack_texts(j0, n);
     if (text_rows != nullptr) pack_panels(parallel, unit_text, width, int64_t{1}, n, width, text_rows);
     for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
       const int64_t m = at_most(rows - i0, block_rows);
-      if (!keep && (second_pass_only || !one_block)) pack_images(i0, m);
+      if (!keep && (second_pass_only || !one_block)) cosines.pack_images(i0, m);
       const int64_t ld = keep ? ld_kept : block_columns;
-      T* block = keep ? cosines + i0 * ld_kept + j0 : cosines;
+      T* block = keep ? tiles + i0 * ld_kept + j0 : tiles;
       for_tiles(m, n, [&](int64_t i, int64_t tm, int64_t j, int64_t tn, int64_t q, int64_t p) {
         T* out = block + i * ld + j;
         const T* source = out;
         alignas(64) T tile[kTileRows * kTileColumns];
         if (!keep) {
-          tile_cosines(i, tm, j, tn, tile);
+          cosines.tile(i, tm, j, tn, tile);
           source = tile;
         }
         compute_gradient(tile_at(i0 + i, tm, j0 + j, tn), source, keep ? ld : kTileColumns, reference,

@@ -117,6 +117,29 @@ static void scale_row(const Features& features, int64_t row, double factor, T* o
   }
 }
 
+// The power of two that brings a norm, given its inverse, into [1, 2); 1 for a zero row and for NaN.
+LCR2S_INLINE double binary_scale(double inverse) {
+  if (!(inverse > 0)) return 1;
+  int exponent;
+  __builtin_frexp(inverse, &exponent);
+  return __builtin_ldexp(1.0, exponent);
+}
+
+// out = factor * row in bfloat16, followed by zero where the width is odd.
+static inline void scale_row_to_pairs(const Features& features, int64_t row, double factor, BFloat16* out) {
+  float values[kSegment];
+  double segment[kSegment] = {};
+  for (int64_t begin = 0; begin < features.width; begin += kSegment) {
+    const int count = segment_size(features.width, begin);
+    widen(features, row, begin, count, segment);
+    write_doubles(count, values, [&](int i) __attribute__((always_inline)) { return factor * load(segment + i); });
+    int i = 0;
+    for (; i + kLanes<float> <= count; i += kLanes<float>) store_accumulate(out + begin + i, load(values + i));
+    for (; i < count; ++i) out[begin + i] = from_accumulate<BFloat16>(values[i]);
+  }
+  if (features.width % 2 != 0) out[features.width] = BFloat16{0};
+}
+
 // out = factor_a * row of a - factor_b * row of b; equal widths.
 template <class T>
 static void scale_difference(const Features& a, const Features& b, int64_t row, double factor_a, double factor_b,

@@ -8,7 +8,7 @@ import torch
 
 # LCR2S_LIBRARY names another build of the library, such as one with sanitizers.
 _PATH = Path(os.environ.get("LCR2S_LIBRARY") or Path(__file__).resolve().parent.parent / "liblcr2s.so")
-ISA_NAMES = ("portable", "avx2", "avx512")
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def _load() -> str | None:
