@@ -220,6 +220,22 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("value_width", [128, 136])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_than_the_caches_hold(dtype: torch.dtype, value_width: int) -> None:
+    # The kernel asks for rows ahead, and writes rows of whole cache lines (width 128, not 136) past the caches.
+    inputs, index, upstream = problem(([3, 0, 8, 1] * 400 + [300], 1601, 8, 128, value_width), dtype)
+    runs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        runs.append(gradients(lambda *t: support_attention(*t, index, backend="cpu"), inputs, upstream))
+    exact_inputs = [tensor.double() for tensor in inputs]
+    expected = gradients(lambda *t: support_attention(*t, index, backend="reference"), exact_inputs, upstream)
+    for name, one, two, exact in zip(("out", "query", "key", "value"), *runs, expected, strict=True):
+        assert torch.equal(one, two)
+        assert_matches_oracle(one, exact, dtype, name)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous(backend: str) -> None:
     (query, key, value), index, upstream = problem(SHAPES["empty sets"], torch.float32, backend)
