@@ -375,7 +375,7 @@ def test_bits_do_not_depend_on_threads(loss: str) -> None:
 
 
 def test_a_small_workspace_only_moves_the_last_digits() -> None:
-    # 1 MiB: several slabs, some cosines kept and others computed again.
+    # 1 MiB: several blocks, some cosines kept and others computed again.
     student, teacher = problem((700, 900, 16, 24), torch.float32)
     direct, direct_teacher = problem((700, 900, 300, 300), torch.float32)
     full = gradients(lambda *t: ours("kl", "cpu")(*t, *teacher), student)
@@ -388,6 +388,18 @@ def test_a_small_workspace_only_moves_the_last_digits() -> None:
         set_workspace_limit(None)
     for a, b in zip([*full, *full_direct], [*small, *small_direct], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(float(a.abs().max()), 1e-30))
+
+
+@pytest.mark.parametrize("kibibytes", [16, 256, 1024, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kl_keeps_no_some_or_all_cosines(dtype: torch.dtype, kibibytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of neither model, of some rows of one, of one, of both (float32); gradients take the place of what was kept.
+    student, teacher = problem((300, 500, 20, 33), dtype)
+    monkeypatch.setattr(_workspace, "workspace_bytes", lambda device: kibibytes << 10)
+    exact = gradients(lambda *t: oracle("kl")(*t, *double(teacher)), double(student))
+    actual = gradients(lambda *t: ours("kl", "cpu")(*t, *teacher), student)
+    for name, got, expected in zip(PARTS, actual, exact, strict=True):
+        assert_matches_oracle(got, expected, dtype, name)
 
 
 @pytest.mark.parametrize("backend", backends("triton", "cuda"))
