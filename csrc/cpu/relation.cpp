@@ -142,7 +142,7 @@ static void pack_right(const Parallel& parallel, const Rows& rows, int64_t begin
   });
 }
 
-// Through the normalisation, as project_row: rows of the gradient in place, [begin, end).
+// A row of the gradient through the normalisation, in place, as project_row does.
 template <class T>
 static void project(const UnitRows& rows, int64_t row, double factor, T* gradient) {
   constexpr int64_t part = kSegment;
@@ -306,20 +306,24 @@ static void multiply_transposed(const Parallel& parallel, const Tiles<T>& g, int
                                 const T* right, int64_t width, T* out, bool add) {
   // Rows of tiles that are summed over before `out` is touched: about kKc rows.
   constexpr int64_t depth = (kKc + kTileRows / 2) / kTileRows * kTileRows;
-  constexpr int64_t half = kTileColumns<T> / 2;
-  const int64_t column_tasks = ceil_div(columns, half);
+  const int64_t column_tasks = 2 * ceil_div(columns, kTileColumns<T>);
   const int64_t share = columns_of_task(column_tasks);
   const int64_t parts = ceil_div(width, share);
   parallel.for_each(column_tasks * parts, [=](int64_t task) {
-    alignas(64) T strips[half * depth];
-    const int64_t column = task / parts * half;
+    alignas(64) T strips[kTileColumns<T> / 2 * depth];
+    // Half of a tile's columns, the last tile's as well.
+    const int64_t tile = task / parts / 2;
+    const int64_t of_tile = smaller(kTileColumns<T>, columns - tile * kTileColumns<T>);
+    const int64_t half = ceil_div(ceil_div(of_tile, 2), kMr) * kMr;
+    const int64_t first = task / parts % 2 * half;
+    const int64_t m = smaller(half, of_tile - first);
+    if (m <= 0) return;
+    const int64_t column = tile * kTileColumns<T> + first;
     const int64_t j0 = task % parts * share;
-    const int64_t m = smaller(half, columns - column);
     for (int64_t k0 = 0; k0 < rows; k0 += depth) {
       const int64_t kc = smaller(depth, rows - k0);
       for (int64_t p = 0; p < kc; ++p) {
-        const T* source = g.at((k0 + p) / kTileRows, column / kTileColumns<T>) +
-                          (k0 + p) % kTileRows * kTileColumns<T> + column % kTileColumns<T>;
+        const T* source = g.at((k0 + p) / kTileRows, tile) + (k0 + p) % kTileRows * kTileColumns<T> + first;
         for (int64_t i = 0; i < m; i += kMr) __builtin_memcpy(strips + i * kc + p * kMr, source + i, kMr * sizeof(T));
       }
       multiply_strips<T>(strips, m, kc, right + j0 * rows + k0 * kNr<T>, kNr<T> * rows, smaller(share, width - j0),
@@ -522,11 +526,14 @@ template <class T>
 static void gram_gradient(const Side& side, const Parallel& parallel, double factor, const T* coefficients, T* grad) {
   const int64_t width = side.width();
   const int64_t out = side.student.width();
-  parallel.for_each(ceil_div(side.count(), kMc), [&](int64_t task) {
+  // Half of the usual rows: enough tasks where rows are few.
+  constexpr int64_t height = kMc / 2;
+  static_assert(height % kMr == 0);
+  parallel.for_each(ceil_div(side.count(), height), [&](int64_t task) {
     alignas(64) T part[kMr * kKc];
-    alignas(64) T strips[kMc * kKc];
-    const int64_t i0 = task * kMc;
-    const int64_t m = smaller(kMc, side.count() - i0);
+    alignas(64) T strips[height * kKc];
+    const int64_t i0 = task * height;
+    const int64_t m = smaller(height, side.count() - i0);
     for (int64_t k0 = 0; k0 < width; k0 += kKc) {
       const int64_t kc = smaller(kKc, width - k0);
       for (int64_t i = 0; i < m; i += kMr) {
