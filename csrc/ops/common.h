@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <atomic>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -64,11 +66,14 @@ inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
   check(tensor.is_cpu(), op, "`", name, "` must be on the CPU");
 }
 
-// torch's own thread pool: set_num_threads is honoured and no second OpenMP runtime starts. One task a call of `body`.
+// torch's own thread pool: set_num_threads is honoured and no second OpenMP runtime starts. Threads take tasks in turn,
+// so that where another program holds a core the others do its share; which thread runs a task changes no bit.
 inline cpu::Parallel torch_parallel() {
   return cpu::Parallel{[](int64_t tasks, cpu::Parallel::Body body, void* context) {
-    torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) body(task, context);
+    std::atomic<int64_t> next{0};
+    const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task, context);
     });
   }};
 }
