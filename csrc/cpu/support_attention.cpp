@@ -10,9 +10,11 @@ namespace lcr2s::cpu::LCR2S_ISA {
 
 namespace {
 
-// Rows per task follow from the work: a task touches at least this many elements, so that small calls stay on one
-// thread.
+// Rows per task follow from the work: a task touches at least this many elements.
 constexpr int64_t kTaskElements = 65536;
+// Work of fewer elements, a few tenths of a millisecond, stays on one thread: another saves less than waking it, or
+// waiting for it on a busy machine, can cost.
+constexpr int64_t kSmallElements = int64_t{1} << 21;
 constexpr int64_t kMaxTasks = 1024;
 // Gathered matrices of this many bytes and more do not stay in the caches. Below it, asking for rows ahead costs more
 // than it saves, and results are left where their reader finds them.
@@ -36,7 +38,7 @@ void for_row_ranges(const Parallel& parallel, const int64_t* indptr, int64_t row
                     const F& body) {
   const int64_t work = indptr[rows] + rows;
   int64_t tasks = work * row_elements / kTaskElements;
-  tasks = tasks < 1 ? 1 : tasks > kMaxTasks ? kMaxTasks : tasks;
+  tasks = work * row_elements < kSmallElements ? 1 : tasks > kMaxTasks ? kMaxTasks : tasks;
   const auto boundary = [=](int64_t task) {
     // First row whose preceding work reaches the task's share.
     const int64_t share = task * (work / tasks) + (task < work % tasks ? task : work % tasks);

@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[list[int], int, int, int, int]] = {
     "width 513": ([5, 1, 2], 6, 2, 513, 513),
     "value wider than key": ([4, 3], 9, 3, 7, 70),
     "value narrower than key": ([4, 3], 9, 17, 33, 5),
-    "many tasks": ([3, 0, 8, 1] * 25, 60, 8, 200, 200),
+    "many tasks": ([3, 0, 8, 1] * 50, 60, 8, 200, 200),
 }
 
 
