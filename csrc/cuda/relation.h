@@ -51,8 +51,9 @@ const char* relation_accumulate(const RelationAccumulateArgs& args, void* stream
 
 constexpr int kRelationThreads = 256;
 
-// ---- Frobenius: R_student - R_teacher = U R' for operands U of the images and R of the texts (csrc/cpu/relation_frobenius.cpp).
-// All of the arithmetic's type: rounded to bfloat16 or float16, unit rows and differences lose too much.
+// ---- Frobenius: R_student - R_teacher = U R' for operands U of the images and R of the texts
+// (csrc/cpu/relation_frobenius.cpp). All of the arithmetic's type: rounded to bfloat16 or float16, unit rows and
+// differences lose too much.
 
 struct RelationSide {
   Features student;
