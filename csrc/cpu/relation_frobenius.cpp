@@ -262,7 +262,7 @@ static void frobenius(const RelationFrobeniusArgs& args, const Parallel& paralle
   const double out = static_cast<double>(image.student.width());
   const double with_image = relation.grad_image != nullptr ? 1 : 0;
   const double with_text = relation.grad_text != nullptr ? 1 : 0;
-  // Multiplications of each form; a Gram matrix is half computed, half mirrored.
+  // Multiplications of each form; of a Gram matrix half is computed.
   const double direct = rows * columns * (width + out * (with_image + with_text));
   const double gram = (rows + columns) * width * width / 2 + (rows * with_image + columns * with_text) * width * out;
   if (gram < direct) {
